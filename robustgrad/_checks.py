@@ -1,0 +1,206 @@
+"""Every argument error, one voice: the argument, the rule, the value, the remedy."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+WIDE_ENOUGH = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def number(
+    name: str,
+    value: float,
+    low: float,
+    high: float,
+    remedy: str,
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
+) -> float:
+    """Return `value` as a float, or say which range it left and what to do."""
+    opening = "(" if open_low or low == -math.inf else "["
+    closing = ")" if open_high or high == math.inf else "]"
+    span = f"{opening}{low:g}, {high:g}{closing}"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number in {span}, got {type(value).__name__} {value!r}. {remedy}")
+    above = low < value if open_low else low <= value
+    below = value < high if open_high else value <= high
+    inside = above and below and not math.isinf(value)
+    if not inside:
+        raise ValueError(f"{name} must be in {span}, got {value!r}. {remedy}")
+    return float(value)
+
+
+def exactly_one(owner: str, **given: float | None) -> None:
+    """Raise unless one and only one of the named arguments was given."""
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) != 1:
+        choice = " or ".join(f"{name}=" for name in given)
+        got = " and ".join(named) if named else "neither"
+        raise ValueError(f"{owner} takes exactly one of {choice}, got {got}. Give one of them.")
+
+
+def floating(name: str, tensor: Tensor, remedy: str = "Convert it with .float().") -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(
+            f"{name} must be a torch.Tensor, got {type(tensor).__name__}. Use torch.as_tensor({name})."
+        )
+    if tensor.dtype not in WIDE_ENOUGH:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}. {remedy}")
+
+
+def per_sample(name: str, tensor: Tensor) -> None:
+    """One floating entry per sample, shape (n,): a column (n, 1) would broadcast to (n, n) further on."""
+    floating(name, tensor)
+    if tensor.dim() != 1:
+        remedy = f"Use {name}.squeeze(-1)." if tensor.shape[-1:] == (1,) else "Give one entry per sample."
+        raise ValueError(f"{name} must have shape (n,), got {tuple(tensor.shape)}. {remedy}")
+
+
+def same_samples(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """`tensor` is per sample and belongs to the samples of `other`."""
+    per_sample(name, tensor)
+    if tensor.shape != other.shape:
+        raise ValueError(
+            f"{name} must have the shape of {other_name} {tuple(other.shape)}, got {tuple(tensor.shape)}. "
+            "Give one entry per sample."
+        )
+    if tensor.device != other.device:
+        raise ValueError(
+            f"{name} must be on the device of {other_name} ({other.device}), got {tensor.device}. "
+            f"Move it with {name}.to({other_name}.device)."
+        )
+
+
+def fits(name: str, tensor: Tensor, losses: Tensor) -> None:
+    """`tensor` belongs to the same samples: the shape of `losses`, or (n,) shared by all rows."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(
+            f"{name} must be a torch.Tensor, got {type(tensor).__name__}. Use torch.as_tensor({name})."
+        )
+    if tensor.shape != losses.shape and tensor.shape != losses.shape[-1:]:
+        raise ValueError(
+            f"{name} must have the shape of losses {tuple(losses.shape)} or ({losses.shape[-1]},), "
+            f"got {tuple(tensor.shape)}. Give one entry per sample."
+        )
+    if tensor.device != losses.device:
+        raise ValueError(
+            f"{name} must be on the device of losses ({losses.device}), got {tensor.device}. "
+            f"Move it with {name}.to(losses.device)."
+        )
+
+
+def boolean_mask(mask: Tensor, losses: Tensor) -> None:
+    fits("mask", mask, losses)
+    if mask.dtype != torch.bool:
+        raise TypeError(
+            f"mask must be bool (True where the entry is real), got {mask.dtype}. Use mask.bool()."
+        )
+
+
+def base_weights(base: Tensor, losses: Tensor) -> None:
+    """Shape and type always; the values where reading them costs no device sync."""
+    fits("base", base, losses)
+    floating("base", base)
+    # On an accelerator the values stay unread: rows with a bad base come out as NaN instead.
+    if base.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if not bool(((base >= 0) & (base < math.inf)).all()):
+        raise ValueError(
+            f"base must be finite and not negative, got a minimum of {base.min().item():g} "
+            f"and a maximum of {base.max().item():g}. Give each sample's weight in the untouched loop."
+        )
+    if not bool((base.sum(-1) > 0).all()):
+        raise ValueError(
+            "base must sum to a positive number, got 0. Mask out a whole row with mask= instead."
+        )
+
+
+def integer_ids(groups: Tensor, losses: Tensor) -> None:
+    fits("groups", groups, losses)
+    if groups.is_floating_point() or groups.is_complex() or groups.dtype == torch.bool:
+        raise TypeError(f"groups must be integer ids, one per sample, got {groups.dtype}. Use groups.long().")
+
+
+def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        names = " or ".join(repr(one) for one in allowed)
+        raise ValueError(f"{name} must be {names}, got {value!r}. The default is {allowed[0]!r}.")
+
+
+def memory_size(memory: int | None, pool: str) -> None:
+    if memory is None or (type(memory) is int and memory == 0):
+        return
+    if type(memory) is not int or memory < 64:
+        raise ValueError(
+            f"memory must be 0 or an integer of at least 64, got {memory!r}. "
+            "Leave it out for the set's own size."
+        )
+    if pool == "batch":
+        raise ValueError(f'memory must be left out with pool="batch", got {memory}. Use pool="memory".')
+
+
+def reweightable(losses: Tensor, *, hooked: bool) -> None:
+    """One loss per sample, on the way to a gradient, and not reweighted before."""
+    floating("losses", losses, "Losses are real numbers with a gradient.")
+    shape = tuple(losses.shape)
+    if losses.dim() == 0:
+        raise ValueError(
+            "losses must have shape (n,), one loss per sample, got a scalar (). Call before the reduction "
+            '(reduction="none"), or pass loss.reshape(1) if this is the loss of one single sample.'
+        )
+    if losses.dim() > 2 or (losses.dim() == 2 and losses.shape[1] != 1):
+        trap = losses.dim() == 2 and losses.shape[0] == losses.shape[1]
+        why = (
+            "(n,) against (n, 1) broadcasts to (n, n): squeeze one of them first"
+            if trap
+            else ("Reduce to one loss per sample, or pass losses.flatten() if each entry is one")
+        )
+        raise ValueError(f"losses must have shape (n,) or (n, 1), got {shape}. {why}.")
+    if losses.numel() == 0:
+        raise ValueError(
+            f"losses must have at least one entry, got shape {shape}. Skip the call for an empty batch."
+        )
+    if not losses.requires_grad:
+        raise ValueError(
+            "losses must have a gradient, got requires_grad=False: detached, computed under no_grad, or of a "
+            "frozen model. Pass the tensor that backward() will reach."
+        )
+    if hooked:
+        raise ValueError(
+            f"losses must be reweighted once, got a tensor of shape {shape} that is already: "
+            "a second hook would square the ratio. Pass losses.clone() if another set should act as well."
+        )
+
+
+def single_process() -> None:
+    """Ranks that each solved alone would follow a gradient that is no worst case at all."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise NotImplementedError(
+            f"the number of ranks must be 1, got {dist.get_world_size()}: losses are not "
+            "gathered over ranks yet, and rank-local weights are wrong. Train in one process."
+        )
+
+
+def same_configuration(state: dict[str, object], version: int, configuration: dict[str, object]) -> None:
+    """A checkpoint of a Reweighter that was set up like this one."""
+    if not isinstance(state, dict) or not {"version", "configuration", "pool"} <= state.keys():
+        raise ValueError(
+            "state must come from Reweighter.state_dict(), got something else. Check what was loaded."
+        )
+    if state["version"] != version:
+        raise ValueError(
+            f"state must have version {version}, got {state['version']!r}. Start the memory afresh."
+        )
+    saved = state["configuration"]
+    for name, value in configuration.items():
+        if saved.get(name) != value:  # type: ignore[attr-defined]
+            raise ValueError(
+                f"state must have {name}={value}, as this Reweighter, got {saved.get(name)}. "  # type: ignore[attr-defined]
+                "Build the Reweighter as it was saved, or start its memory afresh."
+            )

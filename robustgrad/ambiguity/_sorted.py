@@ -1,0 +1,76 @@
+"""Order statistics that the sets are built from: quantiles, top shares, cumulative sums."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .base import Problem
+
+
+def cumsum(values: Tensor) -> Tensor:
+    """Cumulative sum over the last dimension, also where CUDA's own would refuse to be deterministic."""
+    if values.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return doubling_cumsum(values)
+    return values.cumsum(-1)
+
+
+def doubling_cumsum(values: Tensor) -> Tensor:
+    """The same in log2(n) shifted additions, each of them deterministic on every device."""
+    n, step = values.shape[-1], 1
+    while step < n:
+        values = torch.cat((values[..., :step], values[..., step:] + values[..., :-step]), -1)
+        step *= 2
+    return values
+
+
+def quantile(problem: Problem, mass: float) -> Tensor:
+    """The loss at which the heaviest-loss `mass` of the base is reached from above, (..., 1)."""
+    losses, n = problem.losses, problem.losses.shape[-1]
+    if problem.base is not None:
+        ordered, order = losses.sort(-1, descending=True)
+        above = cumsum(problem.base.gather(-1, order)) < mass
+        return ordered.gather(-1, above.sum(-1, keepdim=True).clamp_max(n - 1))
+    # The plain ceiling is exact: where rounding lands one entry off, its share comes out as 0 or 1.
+    k = min(max(math.ceil(mass * n), 1), n)
+    if losses.is_cpu:
+        return losses.kthvalue(n - k + 1, -1, keepdim=True).values
+    # On CUDA kthvalue is refused in deterministic mode, and a sort costs no more.
+    return losses.sort(-1, descending=True).values[..., k - 1 : k]
+
+
+def top_share(problem: Problem, mass: float) -> Tensor:
+    """How much of each entry lies in the heaviest-loss `mass` of the base, (..., n).
+
+    1 above the quantile, 0 below, and equal for the ties on it; the mean under the base is `mass`.
+    """
+    edge = quantile(problem, mass)
+    above, tied = problem.losses > edge, problem.losses == edge
+    boundary = ((mass - problem.mass(above)) / problem.mass(tied)).clamp(0.0, 1.0)
+    return above + tied * boundary
+
+
+@dataclass(frozen=True, eq=False)
+class Ranked:
+    """Remembered losses in ascending order with the base mass up to each, for top shares of new ones."""
+
+    ordered: Tensor  # (m,) ascending, -inf on empty slots
+    mass: Tensor  # (m + 1,) mass of the first 0 .. m of them
+
+    @classmethod
+    def of(cls, losses: Tensor, weight: Tensor) -> Ranked:
+        ordered, order = torch.where(weight > 0, losses, -torch.inf).sort()
+        mass = cumsum(torch.where(weight > 0, weight, 0.0)[order])
+        return cls(ordered, torch.cat((mass.new_zeros(1), mass)))
+
+    def top_share(self, losses: Tensor, weight: Tensor | float, mass: Tensor | float) -> Tensor:
+        """How much of each new loss, of base weight `weight`, lies in the top `mass` once it has joined."""
+        upto = self.mass[torch.searchsorted(self.ordered, losses, right=True)]
+        below = self.mass[torch.searchsorted(self.ordered, losses)]
+        total = self.mass[-1]
+        tied = upto - below + weight
+        taken = mass * (total + weight) - (total - upto)
+        return taken.clamp_min(0.0).minimum(tied) / tied

@@ -1,0 +1,266 @@
+"""What every ambiguity set shares: the problem it is given and the worst case it returns."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+
+# Where a loss of -inf stands, in ranges of the finite losses below the largest: its square fits into float32.
+ABYSS = 2.0**40
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """float64, or float32 on the one backend that has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """One or many worst-case problems, checked and widened.
+
+    `losses` (..., n) holds the lowest number instead of -inf and on excluded entries; `base` (..., n)
+    sums to 1 and is 0 on excluded entries, or is None for the uniform distribution over all n;
+    `valid` (..., n) is None where no entry is excluded; `poison` (..., 1) is NaN for rows that have
+    no answer and 0 otherwise.
+    """
+
+    given: Tensor
+    losses: Tensor
+    base: Tensor | None
+    valid: Tensor | None
+    poison: Tensor
+    top: Tensor
+
+    @classmethod
+    def of(cls, losses: Tensor, base: Tensor | None = None, mask: Tensor | None = None) -> Problem:
+        _checks.floating("losses", losses)
+        if losses.dim() == 0 or losses.shape[-1] == 0:
+            raise ValueError(
+                f"losses must have shape (..., n) with n >= 1, got {tuple(losses.shape)}. "
+                "Skip the call for an empty batch, and use losses.reshape(1) for a single sample."
+            )
+        if mask is not None:
+            _checks.boolean_mask(mask, losses)
+        if base is not None:
+            _checks.base_weights(base, losses)
+        return cls.unchecked(losses, base, mask)
+
+    @classmethod
+    def unchecked(cls, losses: Tensor, base: Tensor | None = None, mask: Tensor | None = None) -> Problem:
+        given = losses.detach()
+        wide = given.to(wide_dtype(given.device))
+        share, valid, bad_base = _distribution(wide, base, mask)
+        lowest = torch.finfo(wide.dtype).min
+        if valid is not None:
+            wide = torch.where(valid, wide, lowest)
+        wide = wide.clamp_min(lowest)
+        top = wide.amax(-1, keepdim=True)
+        # NaN and +inf survive amax; finite minus itself is 0, they give NaN.
+        poison = top - top
+        if bad_base is not None:
+            poison = torch.where(bad_base, torch.nan, poison)
+        return cls(given, wide, share, valid, poison, top)
+
+    def mass(self, selected: Tensor) -> Tensor:
+        """Base mass of the selected entries, (..., 1)."""
+        if self.base is None:
+            return selected.sum(-1, keepdim=True, dtype=self.losses.dtype) / self.losses.shape[-1]
+        return torch.where(selected, self.base, 0.0).sum(-1, keepdim=True)
+
+    def expect(self, values: Tensor) -> Tensor:
+        """Mean of `values` under the base, (..., 1)."""
+        if self.base is None:
+            return values.mean(-1, keepdim=True)
+        return (self.base * values).sum(-1, keepdim=True)
+
+    def below_top(self) -> tuple[Tensor, Tensor]:
+        """(losses - max) / unit in [-1, 0], and the unit: the range of the finite losses, (..., 1).
+
+        What stands for -inf lies at `-ABYSS`, so far below that the finite losses look tied from there.
+        """
+        limits = torch.finfo(self.losses.dtype)
+        finite = torch.where(self.losses > limits.min, self.losses, self.top)
+        unit = (self.top - finite.amin(-1, keepdim=True)).clamp(limits.tiny, limits.max)
+        return ((self.losses - self.top) / unit).clamp_min(-ABYSS), unit
+
+    def finish(self, ratio: Tensor) -> Tensor:
+        """NaN for rows without an answer, 0 on excluded entries."""
+        ratio = ratio + self.poison
+        return ratio if self.valid is None else torch.where(self.valid, ratio, 0.0)
+
+
+def _distribution(
+    losses: Tensor, base: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The normalised base, the entries that take part, and the rows whose base is no distribution."""
+    if base is None and mask is None:
+        return None, None, None
+    share = torch.ones_like(losses) if base is None else base.detach().to(losses.dtype).expand_as(losses)
+    bad = None if base is None else ~((share >= 0) & (share < torch.inf)).all(-1, keepdim=True)
+    if mask is not None:
+        share = torch.where(mask, share, 0.0)
+    # An entry of base weight 0 is not part of the population: excluded, as if masked.
+    valid = share != 0
+    total = share.sum(-1, keepdim=True)
+    return share / torch.where(total > 0, total, 1.0), valid, bad
+
+
+@dataclass(frozen=True, eq=False)
+class WorstCase:
+    """The worst distribution in an ambiguity set, and what it costs.
+
+    Everything is detached, on the device of the losses, and float32 (float64 for float64 losses). What is
+    beside the ratio is computed when it is read.
+    Entries that are masked or have base weight 0 have weight and ratio 0. A row with a NaN or +inf
+    loss is NaN throughout; a row with no valid entry has weights, ratio and ess 0.
+    """
+
+    ambiguity: AmbiguitySet
+    problem: Problem
+    wide_ratio: Tensor
+
+    def _out(self, tensor: Tensor) -> Tensor:
+        given = self.problem.given.dtype
+        return tensor.to(torch.float64 if given == torch.float64 else torch.float32)
+
+    def _wide_weights(self) -> Tensor:
+        base = self.problem.base
+        return self.wide_ratio / self.wide_ratio.shape[-1] if base is None else self.wide_ratio * base
+
+    @property
+    def ratio(self) -> Tensor:
+        """(..., n) weights / base, mean 1 under the base: what a sample's gradient is multiplied by."""
+        return self._out(self.wide_ratio)
+
+    @property
+    def weights(self) -> Tensor:
+        """(..., n) the worst distribution; sums to 1."""
+        return self._out(self._wide_weights())
+
+    @property
+    def value(self) -> Tensor:
+        """(...) optimum of the set's problem: the worst-case mean, less the penalty where there is one."""
+        return self._out(self._mean(self._wide_weights()) - self.ambiguity._price() * self._divergence())
+
+    @property
+    def mean(self) -> Tensor:
+        """(...) mean under the base: what plain averaging would see."""
+        base, losses = self.problem.base, self.problem.losses
+        return self._out(self._mean(torch.full_like(losses, 1 / losses.shape[-1]) if base is None else base))
+
+    def _mean(self, weights: Tensor) -> Tensor:
+        given = self.problem.given.to(weights.dtype)
+        # Entries without weight may hold -inf or, masked, anything.
+        return torch.where(weights == 0, 0.0, weights * given).sum(-1)
+
+    @property
+    def divergence(self) -> Tensor:
+        """(...) distance of the worst distribution from the base, in the set's own convention."""
+        return self._out(self._divergence())
+
+    def _divergence(self) -> Tensor:
+        return self.problem.expect(self.ambiguity._divergence(self.wide_ratio)).squeeze(-1)
+
+    @property
+    def ess(self) -> Tensor:
+        """(...) effective sample size (sum q)^2 / sum q^2 (Kish): n when all weights are equal."""
+        weights = self._wide_weights()
+        squares = weights.square().sum(-1)
+        return self._out(weights.sum(-1).square() / torch.where(squares == 0, 1.0, squares))
+
+    @property
+    def max_ratio(self) -> Tensor:
+        """(...) largest multiple that any one gradient is scaled by."""
+        return self._out(self.wide_ratio.amax(-1))
+
+    @property
+    def threshold(self) -> Tensor:
+        """(...) the loss at which the set's rule bends; each set says which loss that is."""
+        return self._out((self.ambiguity._threshold(self.problem) + self.problem.poison).squeeze(-1))
+
+
+class Rule(Protocol):
+    """A fitted worst case as a formula: the ratio of a loss that was not among those fitted."""
+
+    def ratio(self, losses: Tensor, weight: Tensor | float = 1.0) -> Tensor: ...
+
+
+class AmbiguitySet(ABC):
+    """A divergence ball (or penalty) around the base distribution. Frozen, hashable, picklable."""
+
+    def solve(self, losses: Tensor, *, base: Tensor | None = None, mask: Tensor | None = None) -> WorstCase:
+        """Worst distribution over the given losses.
+
+            max_q <q, losses>   s.t.  D(q || base) <= radius,  sum q = 1,  q >= 0
+
+        (or with a penalty on D in the objective). Exact, without a host sync or a branch on values.
+
+        Args:
+            losses: (..., n) float16, bfloat16, float32 or float64; higher is worse. Rows are separate
+                problems. Solved in float64 (float32 on MPS).
+            base: (..., n) or (n,) the reference distribution, any positive scale; None is uniform.
+                An entry of weight 0 is left out, as if masked.
+            mask: (..., n) or (n,) bool, True where the entry is real. Masked losses may hold anything.
+        Returns: WorstCase, detached. Equal losses get equal ratios. A loss of -inf gets weight 0 as
+            soon as the set allows it.
+        Raises: TypeError or ValueError, naming the argument, before anything is computed. The values of
+            `base` are read on the CPU only; elsewhere a negative or non-finite base makes its row NaN.
+        """
+        return self._solve(Problem.of(losses, base, mask))
+
+    def solve_unchecked(self, losses: Tensor, base: Tensor | None = None) -> WorstCase:
+        """`solve` for losses and base weights that were checked before."""
+        return self._solve(Problem.unchecked(losses, base))
+
+    def _solve(self, problem: Problem) -> WorstCase:
+        return WorstCase(self, problem, problem.finish(self._worst_case(problem)))
+
+    @abstractmethod
+    def fit(self, losses: Tensor, weight: Tensor, *, unit: Tensor | float, step_size: Tensor) -> Rule:
+        """Fit the worst case of remembered losses as a rule for new ones.
+
+        Args:
+            losses: (m,) remembered losses, finite wherever `weight` is positive.
+            weight: (m,) their base weights, 0 on slots that hold no loss yet.
+            unit: what one unit of `losses` is worth in the units of the penalty or temperature.
+            step_size: 0-dim, samples per optimizer step.
+        """
+
+    def in_memory(self) -> str:
+        """The set that a memory of recent losses solves for new ones, where that is another."""
+        return repr(self)
+
+    def memory_size(self, step_size: int) -> int:
+        """How many losses to remember for a fit, with `step_size` samples per optimizer step."""
+        return max(512, 4 * step_size)
+
+    @property
+    @abstractmethod
+    def saturating_size(self) -> float:
+        """Pools of at most this many equally weighted losses give all the weight to the largest one."""
+
+    @abstractmethod
+    def _worst_case(self, problem: Problem) -> Tensor:
+        """The ratio (..., n), right for rows that have an answer and for entries that take part."""
+
+    @abstractmethod
+    def _threshold(self, problem: Problem) -> Tensor:
+        """The threshold (..., 1), computed anew: only diagnostics read it."""
+
+    @abstractmethod
+    def _divergence(self, ratio: Tensor) -> Tensor:
+        """Integrand of the divergence: its mean under the base is D."""
+
+    def _price(self) -> float:
+        """Multiplier of the divergence in the objective; 0 for balls."""
+        return 0.0
+
+    def __repr__(self) -> str:
+        given = [(f.name, getattr(self, f.name)) for f in fields(self)]  # type: ignore[arg-type]
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in given if v is not None)})"

@@ -1,0 +1,141 @@
+"""Total variation: an adversary that may move a share of the probability mass."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import KW_ONLY, dataclass
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from ._sorted import Ranked, quantile, top_share
+from .base import AmbiguitySet, Problem
+
+
+@dataclass(frozen=True, repr=False)
+class TotalVariation(AmbiguitySet):
+    """Worst distribution when at most a share `radius` of the probability mass may move.
+
+        max_q <q, losses>   s.t.  (1/2) sum |q - p| <= radius,  sum q = 1,  0 <= q <= cap * p
+        max_q <q, losses> - penalty * (1/2) sum |q - p|         (penalty form)
+
+    The mass leaves the smallest losses and goes to the largest one, tied maxima sharing it; only ranks
+    matter. `radius=0.1` reads "10% of the prompts may change". 0 gives ratio 1 everywhere; from
+    1 - P(argmax) on, the maximum alone. `threshold` is the loss below which all mass is taken.
+
+    Args:
+        radius: in [0, 1], the mass moved.
+        penalty: > 0, in units of the loss, instead of a radius: losses more than `penalty` below the
+            maximum give up their mass. It depends on the scale of the losses, a radius does not.
+        cap: > 1, largest ratio of any sample. radius >= 1 - 1/cap gives CVaR(1/cap).
+
+    The memory pool cannot place mass on the single worst sample of a population seen one sample at a
+    time: it solves the *capped* set, whose top share kappa = radius / (cap - 1) gets ratio `cap`, and
+    without a cap kappa = max(1/B, 1/64) for B samples per optimizer step.
+
+    Raises: ValueError or TypeError: an argument outside its range, or not exactly one of radius, penalty.
+    Source: arXiv 2503.00539 (half-L1 normalisation); Jiang & Guan (2018) for the CVaR form.
+    """
+
+    radius: float | None = None
+    _: KW_ONLY
+    penalty: float | None = None
+    cap: float | None = None
+
+    def __post_init__(self) -> None:
+        _checks.exactly_one("TotalVariation", radius=self.radius, penalty=self.penalty)
+        if self.radius is not None:
+            _checks.number(
+                "radius", self.radius, 0.0, 1.0, "It is the share of mass moved; 0 is plain averaging."
+            )
+        if self.penalty is not None:
+            _checks.number(
+                "penalty", self.penalty, 0.0, torch.inf, "Use radius= for a scale-free set.", open_low=True
+            )
+        if self.cap is not None:
+            _checks.number("cap", self.cap, 1.0, torch.inf, "It is the largest allowed ratio.", open_low=True)
+            if self.radius is None:
+                raise ValueError(
+                    f"cap must come with radius=, got cap={self.cap!r} with penalty=. Leave cap out."
+                )
+
+    @classmethod
+    def from_l1(cls, radius: float, *, cap: float | None = None) -> TotalVariation:
+        """The set sum |q - p| <= radius, un-halved, as some papers write it; radius in [0, 2]."""
+        _checks.number("radius", radius, 0.0, 2.0, "The un-halved L1 radius is twice the mass moved.")
+        return cls(radius / 2, cap=cap)
+
+    @property
+    def saturating_size(self) -> float:
+        if self.penalty is not None or self.cap is not None:
+            return 1.0
+        return 1 / (1 - self.radius) if self.radius < 1 else torch.inf
+
+    def _moved(self) -> float:
+        """The mass that moves: a cap stops it where giver and receiver meet."""
+        return self.radius if self.cap is None else min(self.radius, 1 - 1 / self.cap)
+
+    def _worst_case(self, problem: Problem) -> Tensor:
+        if self.penalty is not None:
+            return self._penalised(problem)
+        if self.radius == 0:
+            return torch.ones_like(problem.losses)
+        kept = top_share(problem, 1 - self._moved())
+        if self.cap is None:
+            best = problem.losses == problem.top
+            return kept + best * (self.radius / problem.mass(best))
+        return kept + (self.cap - 1) * top_share(problem, self._moved() / (self.cap - 1))
+
+    def _penalised(self, problem: Problem) -> Tensor:
+        kept, best = problem.losses >= problem.top - self.penalty, problem.losses == problem.top
+        return kept + best * (problem.mass(~kept) / problem.mass(best))
+
+    def _threshold(self, problem: Problem) -> Tensor:
+        return problem.top - self.penalty if self.radius is None else quantile(problem, 1 - self._moved())
+
+    def in_memory(self) -> str:
+        if self.penalty is not None or self.cap is not None:
+            return repr(self)
+        return f"TotalVariation(radius={self.radius!r}, cap=1 + {self.radius!r} * min(B, 64))"
+
+    def memory_size(self, step_size: int) -> int:
+        receivers = self._capped_share() or max(1 / max(step_size, 1), 1 / 64)
+        return max(super().memory_size(step_size), math.ceil(16 / receivers))
+
+    def _capped_share(self) -> float | None:
+        """kappa, the top share that receives the mass, where the user's cap fixes it."""
+        return self._moved() / (self.cap - 1) if self.cap is not None and self._moved() > 0 else None
+
+    def fit(self, losses: Tensor, weight: Tensor, *, unit: Tensor | float, step_size: Tensor) -> TopRule:
+        ranked = Ranked.of(losses, weight)
+        top = (1 / step_size.to(losses.dtype)).clamp(1 / 64, 1.0)
+        if self.penalty is None:
+            share = self._capped_share()
+            top = top if share is None else torch.full_like(top, share)
+            return TopRule(ranked, torch.full_like(top, 1 - self._moved()), self._moved() / top, top)
+        # The receivers are the top share, so the price is paid against their mean, not the maximum.
+        received = weight * ranked.top_share(losses, 0.0, top)
+        edge = (received * losses).sum() / received.sum() - self.penalty / unit
+        kept = (weight * (losses >= edge)).sum() / weight.sum()
+        return TopRule(ranked, kept, (1 - kept) / top, top)
+
+    def _divergence(self, ratio: Tensor) -> Tensor:
+        return (ratio - 1).abs() / 2
+
+    def _price(self) -> float:
+        return self.penalty or 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class TopRule:
+    """ratio = share in the top `kept` of the mass + gain * share in the top `top` of the mass."""
+
+    ranked: Ranked
+    kept: Tensor
+    gain: Tensor
+    top: Tensor
+
+    def ratio(self, losses: Tensor, weight: Tensor | float = 1.0) -> Tensor:
+        kept = self.ranked.top_share(losses, weight, self.kept)
+        return kept + self.gain * self.ranked.top_share(losses, weight, self.top)
