@@ -124,6 +124,7 @@ class Pool(ABC):
         weight = Samples.join(self._step).counted().weights
         ratio = torch.where(weight > 0, torch.cat(self._ratios), 0.0)
         scaled, pool = weight * ratio, self._competing()
+        squares = scaled.square().sum()
         return {
             "value": pool.value,
             "mean": pool.mean,
@@ -132,7 +133,7 @@ class Pool(ABC):
             "threshold": pool.threshold,
             "cap": pool.max_ratio,
             "pool_size": self._size(),
-            "ess": scaled.sum().square() / scaled.square().sum(),
+            "ess": scaled.sum().square() / torch.where(squares == 0, 1.0, squares),
             "max_ratio": ratio.max(),
             "plain": self._plain(),
         }

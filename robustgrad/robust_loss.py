@@ -54,7 +54,8 @@ def robust_loss(
         weight = weight if mask is None else torch.where(mask, weight, 0.0)
         scores = group_means(scores.to(wide_dtype(scores.device)), groups, weight)
     worst = ambiguity.solve(scores, base=base, mask=mask)
-    weights = worst.weights
+    out = torch.promote_types(losses.dtype, torch.float32)
+    weights, value = worst.weights.to(out), worst.value.to(out)
     # Through where: an entry without weight may be -inf or, masked, anything.
     mean = (torch.where(weights == 0, 0.0, losses) * weights).sum()
-    return mean - (mean.detach() - worst.value)
+    return mean - (mean.detach() - value)

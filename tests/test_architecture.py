@@ -1,0 +1,99 @@
+"""Who may import whom, and that `import robustgrad` loads torch and nothing else."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import robustgrad
+
+PACKAGE = Path(robustgrad.__file__).parent
+# Each module may import those before it; what stands on one line may not import each other.
+LAYERS = [
+    {"_version", "_checks"},
+    {"ambiguity", "objectives"},
+    {"_units"},
+    {"pool"},
+    {"memory"},
+    {"reweighter", "robust_loss"},
+    {"optimizer"},
+    {"__init__"},
+]
+RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+ALLOWED_OUTSIDE = {"torch", "numpy", *sys.stdlib_module_names}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def component(parts: tuple[str, ...]) -> str:
+    return parts[0] if parts else "__init__"
+
+
+def imports(path: Path) -> list[tuple[str, str]]:
+    """("outside" or "inside", name) of everything a file imports."""
+    folder = path.relative_to(PACKAGE).parent.parts
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [("outside", alias.name.split(".")[0]) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.append(("outside", node.module.split(".")[0]))
+        elif isinstance(node, ast.ImportFrom):
+            here = folder[: len(folder) - node.level + 1]
+            inner = (*here, *(node.module.split(".") if node.module else ()))
+            found += [("inside", component(inner or (alias.name,))) for alias in node.names]
+    return found
+
+
+def violations(path: Path) -> list[str]:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    own = component(parts)
+    wrong = []
+    for kind, name in imports(path):
+        if kind == "outside" and name not in ALLOWED_OUTSIDE:
+            wrong.append(f"{path.name} imports {name}")
+        if kind == "inside" and name != own and RANK[name] >= RANK[own]:
+            wrong.append(f"{own} imports {name}")
+    return wrong
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_one_way(path: Path) -> None:
+    assert violations(path) == []
+
+
+def test_the_import_rule_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
+    (tmp_path / "pool.py").write_text("import transformers\nfrom .reweighter import Reweighter\nfrom . import _checks\n")
+    assert violations(tmp_path / "pool.py") == ["pool.py imports transformers", "pool imports reweighter"]
+
+
+def loaded(statement: str) -> set[str]:
+    """Top-level modules that a fresh interpreter has after the statement, beside those of torch alone."""
+    code = f"{statement}; import sys; print(*{{m.split('.')[0] for m in sys.modules}})"
+    run = [sys.executable, "-W", "error", "-c"]
+    with_it = subprocess.run([*run, code], capture_output=True, text=True, check=True).stdout.split()
+    bare = subprocess.run([*run, code.replace(statement, "import torch, torch.distributed")],
+                          capture_output=True, text=True, check=True).stdout.split()  # fmt: skip
+    return {m for m in set(with_it) - set(bare) if m not in sys.stdlib_module_names}
+
+
+def test_import_is_light() -> None:
+    assert loaded("import robustgrad, robustgrad.objectives") == {"robustgrad"}
+
+
+def test_the_lightness_test_can_fail() -> None:
+    assert "pytest" in loaded("import robustgrad, pytest")
+
+
+def test_public_names_exist_and_are_few() -> None:
+    assert all(hasattr(robustgrad, name) for name in robustgrad.__all__)
+    assert len(robustgrad.__all__) <= 12
+
+
+def test_files_stay_readable() -> None:
+    long = {path.name: len(path.read_text().splitlines()) for path in FILES}
+    assert {name: lines for name, lines in long.items() if lines > 270} == {}
