@@ -12,7 +12,6 @@
 
 from ._version import __version__
 from .ambiguity import KL, AmbiguitySet, ChiSquare, CVaR, TotalVariation, WorstCase
-
 from .optimizer import RobustOptimizer
 from .reweighter import Reweighter
 from .robust_loss import robust_loss

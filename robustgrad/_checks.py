@@ -45,9 +45,7 @@ def exactly_one(owner: str, **given: float | None) -> None:
 
 def floating(name: str, tensor: Tensor, remedy: str = "Convert it with .float().") -> None:
     if not isinstance(tensor, Tensor):
-        raise TypeError(
-            f"{name} must be a torch.Tensor, got {type(tensor).__name__}. Use torch.as_tensor({name})."
-        )
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}. Use torch.as_tensor({name}).")
     if tensor.dtype not in WIDE_ENOUGH:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}. {remedy}")
 
@@ -78,9 +76,7 @@ def same_samples(name: str, tensor: Tensor, other_name: str, other: Tensor) -> N
 def fits(name: str, tensor: Tensor, losses: Tensor) -> None:
     """`tensor` belongs to the same samples: the shape of `losses`, or (n,) shared by all rows."""
     if not isinstance(tensor, Tensor):
-        raise TypeError(
-            f"{name} must be a torch.Tensor, got {type(tensor).__name__}. Use torch.as_tensor({name})."
-        )
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}. Use torch.as_tensor({name}).")
     if tensor.shape != losses.shape and tensor.shape != losses.shape[-1:]:
         raise ValueError(
             f"{name} must have the shape of losses {tuple(losses.shape)} or ({losses.shape[-1]},), "
@@ -96,9 +92,7 @@ def fits(name: str, tensor: Tensor, losses: Tensor) -> None:
 def boolean_mask(mask: Tensor, losses: Tensor) -> None:
     fits("mask", mask, losses)
     if mask.dtype != torch.bool:
-        raise TypeError(
-            f"mask must be bool (True where the entry is real), got {mask.dtype}. Use mask.bool()."
-        )
+        raise TypeError(f"mask must be bool (True where the entry is real), got {mask.dtype}. Use mask.bool().")
 
 
 def base_weights(base: Tensor, losses: Tensor) -> None:
@@ -114,9 +108,7 @@ def base_weights(base: Tensor, losses: Tensor) -> None:
             f"and a maximum of {base.max().item():g}. Give each sample's weight in the untouched loop."
         )
     if not bool((base.sum(-1) > 0).all()):
-        raise ValueError(
-            "base must sum to a positive number, got 0. Mask out a whole row with mask= instead."
-        )
+        raise ValueError("base must sum to a positive number, got 0. Mask out a whole row with mask= instead.")
 
 
 def integer_ids(groups: Tensor, losses: Tensor) -> None:
@@ -136,8 +128,7 @@ def memory_size(memory: int | None, pool: str) -> None:
         return
     if type(memory) is not int or memory < 64:
         raise ValueError(
-            f"memory must be 0 or an integer of at least 64, got {memory!r}. "
-            "Leave it out for the set's own size."
+            f"memory must be 0 or an integer of at least 64, got {memory!r}. Leave it out for the set's own size."
         )
     if pool == "batch":
         raise ValueError(f'memory must be left out with pool="batch", got {memory}. Use pool="memory".')
@@ -161,9 +152,7 @@ def reweightable(losses: Tensor, *, hooked: bool) -> None:
         )
         raise ValueError(f"losses must have shape (n,) or (n, 1), got {shape}. {why}.")
     if losses.numel() == 0:
-        raise ValueError(
-            f"losses must have at least one entry, got shape {shape}. Skip the call for an empty batch."
-        )
+        raise ValueError(f"losses must have at least one entry, got shape {shape}. Skip the call for an empty batch.")
     if not losses.requires_grad:
         raise ValueError(
             "losses must have a gradient, got requires_grad=False: detached, computed under no_grad, or of a "
@@ -190,13 +179,9 @@ def single_process() -> None:
 def same_configuration(state: dict[str, object], version: int, configuration: dict[str, object]) -> None:
     """A checkpoint of a Reweighter that was set up like this one."""
     if not isinstance(state, dict) or not {"version", "configuration", "pool"} <= state.keys():
-        raise ValueError(
-            "state must come from Reweighter.state_dict(), got something else. Check what was loaded."
-        )
+        raise ValueError("state must come from Reweighter.state_dict(), got something else. Check what was loaded.")
     if state["version"] != version:
-        raise ValueError(
-            f"state must have version {version}, got {state['version']!r}. Start the memory afresh."
-        )
+        raise ValueError(f"state must have version {version}, got {state['version']!r}. Start the memory afresh.")
     saved = state["configuration"]
     for name, value in configuration.items():
         if saved.get(name) != value:  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ _SETTLED = 0.9  # share of the running mean that stems from data rather than fro
 _DRIFT = 0.25  # in spreads for the level, in logs for the spread
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Units:
     """A running mean and variance, and the units held from them, each 0-dim.
 
@@ -32,42 +32,37 @@ class Units:
         zero, one = like.new_zeros(()), like.new_ones(())
         return cls(zero, zero, zero, zero, one)
 
-    def update(self, losses: Tensor, weight: Tensor) -> None:
-        """Merge the samples of one step (Chan's formula), with a decay by the number of samples.
+    def updated(self, losses: Tensor, weight: Tensor) -> Units:
+        """With the samples of one step merged in (Chan's formula), after a decay by their number.
 
         Args:
             losses: (b,) finite wherever `weight` is positive.
             weight: (b,) base weights, 0 where a sample does not count.
         """
-        total = weight.sum().clamp_min(torch.finfo(weight.dtype).tiny)
+        tiny = torch.finfo(weight.dtype).tiny
+        total = weight.sum().clamp_min(tiny)
         mean = (weight * losses).sum() / total
         variance = (weight * (losses - mean).square()).sum() / total
         decay = torch.exp2(-(weight > 0).sum(dtype=weight.dtype) / _HALF_LIFE)
         old, new = decay * self.settled, 1 - decay
-        joined = old + new
-        part = new / joined.clamp_min(torch.finfo(weight.dtype).tiny)
+        part = new / (old + new).clamp_min(tiny)
         step = mean - self.mean
-        self.settled = joined
-        self.mean = self.mean + part * step
-        self.variance = (1 - part) * self.variance + part * variance + part * (1 - part) * step.square()
-        self._hold()
+        variance = (1 - part) * self.variance + part * variance + part * (1 - part) * step.square()
+        return self._held(old + new, self.mean + part * step, variance)
 
-    def _hold(self) -> None:
-        spread = torch.where(self.variance > 0, self.variance.sqrt(), 1.0)
-        moved = (self.mean - self.level).abs() > _DRIFT * self.spread
+    def _held(self, settled: Tensor, mean: Tensor, variance: Tensor) -> Units:
+        spread = torch.where(variance > 0, variance.sqrt(), 1.0)
+        moved = (mean - self.level).abs() > _DRIFT * self.spread
         moved |= (spread / self.spread).log().abs() > _DRIFT
-        moved |= self.settled < _SETTLED
-        self.level = torch.where(moved, self.mean, self.level)
-        self.spread = torch.where(moved, spread, self.spread)
+        moved |= settled < _SETTLED
+        level, spread = torch.where(moved, mean, self.level), torch.where(moved, spread, self.spread)
+        return Units(settled, mean, variance, level, spread)
 
     def into(self, losses: Tensor) -> Tensor:
         return (losses - self.level) / self.spread
 
     def out_of(self, standardised: Tensor) -> Tensor:
         return standardised * self.spread + self.level
-
-    def to(self, device: torch.device) -> Units:
-        return Units(**{name: value.to(device) for name, value in self.state_dict().items()})
 
     def state_dict(self) -> dict[str, Tensor]:
         return {field.name: getattr(self, field.name) for field in fields(self)}

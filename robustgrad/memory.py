@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,10 +10,60 @@ from torch import Tensor
 
 from ._units import Units
 from .ambiguity import AmbiguitySet, Rule, WorstCase
-from .ambiguity.base import Problem
+from .ambiguity._problem import Problem
 from .pool import Pool, Samples
 
 ENOUGH = 64  # remembered losses; fewer carry no rule
+
+
+@dataclass(frozen=True, eq=False)
+class _Memory:
+    """What is known between two steps. `samples`, `units` and `sampled` determine the rest."""
+
+    samples: Samples  # oldest first, standardised, weight 0 where not finite
+    units: Units
+    sampled: Tensor  # how many samples of the last step counted
+    scores: Tensor  # those of the samples, or the means of their groups
+    rule: Rule
+    filled: Tensor
+
+    @classmethod
+    def fitted(cls, ambiguity: AmbiguitySet, samples: Samples, units: Units, sampled: Tensor) -> _Memory:
+        scores, weights = samples.grouped(), samples.weights
+        rule = ambiguity.fit(scores, weights, unit=units.spread, step_size=sampled.clamp_min(1.0))
+        return cls(samples, units, sampled, scores, rule, (weights > 0).sum() >= ENOUGH)
+
+    @property
+    def surely_filled(self) -> bool:
+        # On the CPU looking costs no sync; elsewhere both answers are computed and the right one is taken.
+        return self.filled.is_cpu and bool(self.filled)
+
+    def ratio(self, scores: Tensor, samples: Samples) -> Tensor:
+        own = self.units.into(scores)
+        if samples.groups is not None and self.samples.groups is not None:
+            own = self._of_groups(own, samples.groups, self.samples.groups)
+        return self.rule.ratio(own, samples.weights)
+
+    def _of_groups(self, own: Tensor, groups: Tensor, remembered: Tensor) -> Tensor:
+        """A group that is remembered counts with its remembered mean, whatever part of it a call holds."""
+        member = (groups[:, None] == remembered) & (self.samples.weights > 0)
+        first = member.byte().argmax(-1)
+        # A sample that is not finite stays visible as such.
+        return torch.where(member.any(-1) & own.isfinite(), self.scores[first], own)
+
+    def worst_case(self, ambiguity: AmbiguitySet) -> WorstCase:
+        """What the rule makes of the remembered losses: of the set itself, unless that is capped."""
+        weights = self.samples.weights
+        problem = Problem.unchecked(self.units.out_of(self.scores), weights)
+        ratio = self.rule.ratio(self.scores, weights)
+        return WorstCase(ambiguity, problem, problem.finish(ratio / problem.expect(ratio)))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "samples": self.samples.state_dict(),
+            "units": self.units.state_dict(),
+            "sampled": self.sampled,
+        }
 
 
 class MemoryPool(Pool):
@@ -29,26 +80,22 @@ class MemoryPool(Pool):
 
     def __init__(self, ambiguity: AmbiguitySet, memory: int | None = None) -> None:
         super().__init__(ambiguity)
-        self._memory = memory
+        self._size_asked = memory
         self._step_size = 0
-        self._units: Units | None = None
-        self._remembered: Samples | None = None
-        self._sampled: Tensor | None = None  # samples of the last step that counted
-        self._rule: Rule | None = None
-        self._scores: Tensor | None = None  # remembered scores, or means of their groups
-        self._filled: Tensor | None = None
+        self._memory: _Memory | None = None
 
     def check(self, samples: Samples) -> None:
-        earlier = self._step[-1] if self._step else self._remembered
+        remembered = None if self._memory is None else self._memory.samples
+        earlier = self._step[-1] if self._step else remembered
         if earlier is not None and (earlier.groups is None) != (samples.groups is None):
             given, before = ("given", "left out") if earlier.groups is None else ("left out", "given")
             raise ValueError(
-                f"groups must be given in every call or in none while losses are remembered, got groups "
-                f"{given} after calls with groups {before}. Use a Reweighter of its own for each kind of call."
+                f"groups must be given in every call or in none while losses are remembered, got groups {given} "
+                f"after calls with groups {before}. Use a Reweighter of its own for each kind of call."
             )
 
     def _capacity(self) -> int:
-        return self._memory or self.ambiguity.memory_size(self._step_size)
+        return self._size_asked or self.ambiguity.memory_size(self._step_size)
 
     def _ends_unmarked(self) -> bool:
         return self._waiting() >= self._capacity() // 4
@@ -56,95 +103,62 @@ class MemoryPool(Pool):
     def _finish_step(self) -> None:
         step = Samples.join(self._step).counted()
         self._step_size = len(step.scores)
-        if self._units is None:
-            self._units = Units.new(step.scores)
-        self._units.update(step.scores, step.weights)
-        self._remember(step._replace(scores=self._units.into(step.scores)))
-        self._sampled = (step.weights > 0).sum(dtype=step.scores.dtype)
-        self._fit()
-
-    def _remember(self, new: Samples) -> None:
-        both = new if self._remembered is None else Samples.join([self._remembered, new])
+        units = Units.new(step.scores) if self._memory is None else self._memory.units
+        units = units.updated(step.scores, step.weights)
+        kept = step._replace(scores=units.into(step.scores))
+        kept = kept if self._memory is None else Samples.join([self._memory.samples, kept])
         # What does not count goes first, in order otherwise: a queue that drops without knowing how many.
-        order = (both.weights > 0).byte().argsort(stable=True)
-        self._remembered = both.at(order[-self._capacity() :])
-
-    def _fit(self) -> None:
-        weights = self._remembered.weights
-        self._scores = self._remembered.grouped()
-        self._filled = (weights > 0).sum() >= ENOUGH
-        self._rule = self.ambiguity.fit(
-            self._scores, weights, unit=self._units.spread, step_size=self._sampled.clamp_min(1.0)
-        )
+        order = (kept.weights > 0).byte().argsort(stable=True)[-self._capacity() :]
+        sampled = (step.weights > 0).sum(dtype=step.scores.dtype)
+        self._memory = _Memory.fitted(self.ambiguity, kept.at(order), units, sampled)
 
     def _ratio(self, samples: Samples) -> Tensor:
-        scores, weights = samples.grouped(), samples.weights
-        if self._rule is None:
+        scores, weights, memory = samples.grouped(), samples.weights, self._memory
+        if memory is None:
             ratio = self._on_itself(scores, samples.weight)
         else:
-            ratio = self._rule.ratio(self._standardised(scores, samples), weights)
-            if not self._surely_filled():
-                ratio = torch.where(self._filled, ratio, self._on_itself(scores, samples.weight))
+            ratio = memory.ratio(scores, samples)
+            if not memory.surely_filled:
+                ratio = torch.where(memory.filled, ratio, self._on_itself(scores, samples.weight))
         sound = (scores < torch.inf) & (weights >= 0) & (weights < torch.inf)
         return torch.where(weights == 0, 0.0, torch.where(sound, ratio, torch.nan))
-
-    def _surely_filled(self) -> bool:
-        # On the CPU looking costs no sync; elsewhere both answers are computed and the right one is taken.
-        return self._filled.is_cpu and bool(self._filled)
 
     def _on_itself(self, scores: Tensor, weight: Tensor | None) -> Tensor:
         if len(scores) < ENOUGH:
             return torch.ones_like(scores)
         return self.ambiguity.solve_unchecked(scores, weight).wide_ratio
 
-    def _standardised(self, scores: Tensor, samples: Samples) -> Tensor:
-        """In the units of the memory; a group that is remembered counts with its remembered mean."""
-        own = self._units.into(scores)
-        if samples.groups is None:
-            return own
-        weights = self._remembered.weights
-        member = (samples.groups[:, None] == self._remembered.groups) & (weights > 0)
-        first = member.byte().argmax(-1)
-        # A sample that is not finite stays visible as such.
-        return torch.where(member.any(-1) & own.isfinite(), self._scores[first], own)
-
     def _competing(self) -> WorstCase:
-        if self._rule is None:
-            last = self._step[-1].counted()
-            return self.ambiguity.solve_unchecked(last.grouped(), last.weight)
-        # What the rule gives, rather than the exact solution, which it differs from where a set is capped.
-        problem = Problem.unchecked(self._units.out_of(self._scores), self._remembered.weights)
-        ratio = self._rule.ratio(self._scores, self._remembered.weights)
-        return WorstCase(self.ambiguity, problem, problem.finish(ratio / problem.expect(ratio)))
+        if self._memory is not None:
+            return self._memory.worst_case(self.ambiguity)
+        last = self._step[-1].counted()
+        return self.ambiguity.solve_unchecked(last.grouped(), last.weight)
 
     def _size(self) -> Tensor:
-        pool = self._step[-1].counted() if self._remembered is None else self._remembered
+        pool = self._step[-1].counted() if self._memory is None else self._memory.samples
         return (pool.weights > 0).sum()
 
     def _plain(self) -> Tensor:
         alone = torch.tensor(len(self._step[-1].scores) < ENOUGH, device=self._device)
-        return alone if self._rule is None else alone & ~self._filled
+        return alone if self._memory is None else alone & ~self._memory.filled
 
     def _move(self, device: torch.device) -> None:
         super()._move(device)
-        if self._remembered is not None:
-            self._remembered, self._units = self._remembered.to(device), self._units.to(device)
-            self._sampled = self._sampled.to(device)
-            self._fit()
+        if self._memory is not None:
+            self._memory = self._restored(self._memory.state_dict(), device)
+
+    def _restored(self, state: dict[str, Any], device: torch.device | None = None) -> _Memory:
+        def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
+
+        samples, units = Samples(**copied(state["samples"])), Units(**copied(state["units"]))
+        return _Memory.fitted(self.ambiguity, samples, units, state["sampled"].to(device, copy=True))
 
     def state_dict(self) -> dict[str, Any]:
-        state = super().state_dict() | {"step_size": self._step_size, "remembered": {}}
-        if self._remembered is not None:
-            remembered = {k: x for k, x in self._remembered._asdict().items() if x is not None}
-            state |= {"remembered": remembered, "sampled": self._sampled, "units": self._units.state_dict()}
-        return state
+        memory = None if self._memory is None else self._memory.state_dict()
+        return super().state_dict() | {"step_size": self._step_size, "memory": memory}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self._step_size = state["step_size"]
-        self._remembered = self._units = self._sampled = self._rule = self._scores = self._filled = None
-        if state["remembered"]:
-            self._remembered = Samples(**{k: x.clone() for k, x in state["remembered"].items()})
-            self._units = Units(**{k: x.clone() for k, x in state["units"].items()})
-            self._sampled = state["sampled"].clone()
-            self._fit()
+        self._memory = None if state["memory"] is None else self._restored(state["memory"])

@@ -12,9 +12,7 @@ from .ambiguity import AmbiguitySet
 from .reweighter import Reweighter
 
 _HOOK_KINDS = tuple(
-    f"_optimizer_{what}_{when}_hooks"
-    for what in ("step", "state_dict", "load_state_dict")
-    for when in ("pre", "post")
+    f"_optimizer_{what}_{when}_hooks" for what in ("step", "state_dict", "load_state_dict") for when in ("pre", "post")
 )
 
 
@@ -45,6 +43,9 @@ class RobustOptimizer(torch.optim.Optimizer):
 
     # A wrapped fused optimizer gets unscaled gradients and a skipped step from GradScaler itself.
     _step_supports_amp_scaling = False
+
+    optimizer: torch.optim.Optimizer
+    reweighter: Reweighter
 
     def __init__(self, optimizer: torch.optim.Optimizer, ambiguity: AmbiguitySet, **options: Any) -> None:
         # No super().__init__: it would make a second set of groups and state, which goes stale.
@@ -90,23 +91,23 @@ class RobustOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state, unchanged and interchangeable with it."""
-        for hook in self._optimizer_state_dict_pre_hooks.values():
-            hook(self)
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
         state = self.optimizer.state_dict()
-        for hook in self._optimizer_state_dict_post_hooks.values():
-            changed = hook(self, state)
+        for after in self._optimizer_state_dict_post_hooks.values():
+            changed = after(self, state)
             state = state if changed is None else changed
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of the wrapped optimizer's kind."""
         state_dict = state_dict.copy()
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            changed = hook(self, state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
         self.optimizer.load_state_dict(state_dict)
-        for hook in self._optimizer_load_state_dict_post_hooks.values():
-            hook(self)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     # Looked up anew each time: load_state_dict and ZeRO replace these objects in the wrapped optimizer.
 
@@ -158,8 +159,7 @@ class RobustOptimizer(torch.optim.Optimizer):
 def _check_optimizer(optimizer: object) -> None:
     if isinstance(optimizer, RobustOptimizer):
         raise TypeError(
-            "optimizer must not be a RobustOptimizer: it is wrapped already. "
-            "Wrap optimizer.optimizer for another set."
+            "optimizer must not be a RobustOptimizer: it is wrapped already. Wrap optimizer.optimizer for another set."
         )
     if isinstance(optimizer, torch.optim.Optimizer):
         return

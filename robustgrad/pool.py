@@ -41,18 +41,22 @@ class Samples(NamedTuple):
         return self.scores if self.groups is None else group_means(self.scores, self.groups, self.weight)
 
     def at(self, index: Tensor) -> Samples:
-        return Samples(*(None if x is None else x[index] for x in self))
+        return Samples(**{name: tensor[index] for name, tensor in self.state_dict().items()})
 
     def to(self, device: torch.device) -> Samples:
-        return Samples(*(None if x is None else x.to(device) for x in self))
+        return Samples(**{name: tensor.to(device) for name, tensor in self.state_dict().items()})
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in self._asdict().items() if tensor is not None}
 
     @staticmethod
     def join(parts: list[Samples]) -> Samples:
         equal = all(part.weight is None for part in parts)
+        groups = [part.groups for part in parts if part.groups is not None]
         return Samples(
             torch.cat([part.scores for part in parts]),
             None if equal else torch.cat([part.weights for part in parts]),
-            None if parts[0].groups is None else torch.cat([part.groups for part in parts]),
+            torch.cat(groups) if groups else None,
         )
 
 
@@ -141,9 +145,7 @@ class Pool(ABC):
     def state_dict(self) -> dict[str, Any]:
         waiting: dict[str, Tensor] = {}
         if self._step:
-            step = Samples.join(self._step)
-            waiting = {k: x for k, x in step._asdict().items() if x is not None}
-            waiting["ratio"] = torch.cat(self._ratios)
+            waiting = Samples.join(self._step).state_dict() | {"ratio": torch.cat(self._ratios)}
         return {"waiting": waiting, "marked": self._marked, "expects_steps": self.expects_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import _checks
 from .ambiguity import AmbiguitySet
-from .ambiguity.base import wide_dtype
+from .ambiguity._problem import wide_dtype
 from .memory import MemoryPool
 from .pool import BatchPool, Pool, Samples
 
@@ -139,7 +139,8 @@ class Reweighter:
         keep = None if mask is None else mask.reshape(losses.shape)
         # Asked of the type: asking the node itself would unpack what it saved.
         saved = hasattr(type(losses.grad_fn), "_saved_result")
-        losses.register_hook(_scale(ratio.reshape(losses.shape), keep, saved))
+        hook = _scale(ratio.reshape(losses.shape), keep, saved)
+        losses.register_hook(hook)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         setattr(losses, _HOOKED, True)
 
     def step(self) -> None:
@@ -227,9 +228,7 @@ def _samples(
         weight = base.to(wide)
     if mask is not None:
         _checks.boolean_mask(mask, rows)
-        weight = torch.where(
-            mask, 1.0 if weight is None else weight, torch.zeros((), dtype=wide, device=mask.device)
-        )
+        weight = torch.where(mask, 1.0 if weight is None else weight, torch.zeros((), dtype=wide, device=mask.device))
     worst = rows.to(wide) if scores is None else scores.to(wide)
     bad = ~(worst < torch.inf) if scores is None else ~((worst < torch.inf) & (rows < torch.inf))
     if weight is not None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import _checks
 from .ambiguity import AmbiguitySet, group_means
-from .ambiguity.base import wide_dtype
+from .ambiguity._problem import wide_dtype
 
 
 def robust_loss(
@@ -44,8 +44,7 @@ def robust_loss(
     _checks.floating("losses", losses)
     if losses.dim() != 1:
         raise ValueError(
-            f"losses must have shape (n,), got {tuple(losses.shape)}. "
-            "Use losses.flatten(), one entry per sample."
+            f"losses must have shape (n,), got {tuple(losses.shape)}. Use losses.flatten(), one entry per sample."
         )
     scores = losses.detach()
     if groups is not None:

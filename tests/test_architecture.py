@@ -67,7 +67,9 @@ def test_imports_go_one_way(path: Path) -> None:
 
 def test_the_import_rule_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
-    (tmp_path / "pool.py").write_text("import transformers\nfrom .reweighter import Reweighter\nfrom . import _checks\n")
+    (tmp_path / "pool.py").write_text(
+        "import transformers\nfrom .reweighter import Reweighter\nfrom . import _checks\n"
+    )
     assert violations(tmp_path / "pool.py") == ["pool.py imports transformers", "pool imports reweighter"]
 
 
@@ -96,4 +98,4 @@ def test_public_names_exist_and_are_few() -> None:
 
 def test_files_stay_readable() -> None:
     long = {path.name: len(path.read_text().splitlines()) for path in FILES}
-    assert {name: lines for name, lines in long.items() if lines > 270} == {}
+    assert {name: lines for name, lines in long.items() if lines > 250} == {}

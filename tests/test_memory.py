@@ -117,7 +117,9 @@ def test_all_losses_equal_gives_ratio_one(ambiguity: AmbiguitySet) -> None:
     assert not reweighter.metrics()["plain"]
 
 
-@pytest.mark.parametrize("ambiguity", [s for s in SETS if s not in (ChiSquare(10.0), KL(3.0), KL(temperature=0.2))], ids=repr)
+@pytest.mark.parametrize(
+    "ambiguity", [s for s in SETS if s not in (ChiSquare(10.0), KL(3.0), KL(temperature=0.2))], ids=repr
+)
 def test_mean_ratio_is_about_one_without_normalising(ambiguity: AmbiguitySet) -> None:
     """(Three of the sets rest on too few losses for a mean over 160 steps to say anything.)"""
     reweighter = Reweighter(ambiguity)
@@ -200,7 +202,9 @@ def test_forgotten_steps_are_reported_and_do_not_pile_up() -> None:
     ratios(reweighter, torch.rand(40_000))
     with pytest.warns(UserWarning, match=r"40000 losses came without an optimizer step.*reweighter.step\(\)"):
         ratios(reweighter, torch.rand(4))
-    assert reweighter.metrics()["pool_size"] == 40_000 and len(reweighter.state_dict()["pool"]["waiting"]["scores"]) == 4
+    assert (
+        reweighter.metrics()["pool_size"] == 40_000 and len(reweighter.state_dict()["pool"]["waiting"]["scores"]) == 4
+    )
 
 
 def test_below_64_remembered_losses_there_is_no_rule() -> None:
@@ -375,7 +379,7 @@ def test_a_saved_state_does_not_move_on() -> None:
     for losses in stream(5, 32):
         ratios(reweighter, losses)
         reweighter.step()
-    assert torch.equal(state["pool"]["remembered"]["scores"], kept["pool"]["remembered"]["scores"])
+    assert torch.equal(state["pool"]["memory"]["samples"]["scores"], kept["pool"]["memory"]["samples"]["scores"])
 
 
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda r: pickle.loads(pickle.dumps(r))], ids=["deepcopy", "pickle"])
@@ -405,7 +409,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(other: Reweighter, nam
 
 @pytest.mark.parametrize("state", [{}, {"state": {}, "param_groups": []}, None])
 def test_a_foreign_checkpoint_is_refused(state: object) -> None:
-    with pytest.raises(ValueError, match="must come from Reweighter.state_dict"):
+    with pytest.raises(ValueError, match=r"must come from Reweighter.state_dict\(\)"):
         Reweighter(CVaR(0.5)).load_state_dict(state)
 
 
@@ -423,4 +427,4 @@ def test_no_warning_and_constant_memory_over_many_steps() -> None:
             ratios(reweighter, torch.rand(16))
             reweighter.step()
     state = reweighter.state_dict()["pool"]
-    assert len(state["remembered"]["scores"]) == 512 and len(state["waiting"]["scores"]) == 16
+    assert len(state["memory"]["samples"]["scores"]) == 512 and len(state["waiting"]["scores"]) == 16

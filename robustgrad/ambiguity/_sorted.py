@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Problem
+from ._problem import Problem
 
 
 def cumsum(values: Tensor) -> Tensor:

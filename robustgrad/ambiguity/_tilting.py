@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import ABYSS, Problem
+from ._problem import ABYSS, Problem
 
 _NEWTON_STEPS = 5
 _GRID_SIZE = 2**14  # numbers tried at once while the bracket is narrowed
@@ -90,7 +90,8 @@ class _Curve:
         y = torch.addcmul(rise, theta, self.drop)
         growth = self.problem.expect(y.expm1())
         # exp beside expm1, not expm1 + 1: far below the maximum the sum would be rounding alone.
-        drop, square, odds = (y.exp().unsqueeze(-2) @ self.moments).squeeze(-2).split(1, -1)
+        sums = (y.exp().unsqueeze(-2) @ self.moments).squeeze(-2)
+        drop, square, odds = torch.split(sums, 1, -1)
         normaliser = growth + 1
         fall = theta * drop / normaliser
         divergence = (fall + rise - growth.log1p()).clamp_min(tiny)

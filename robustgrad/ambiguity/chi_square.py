@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .. import _checks
+from ._problem import Problem
 from ._sorted import cumsum
-from .base import AmbiguitySet, Problem
+from .base import AmbiguitySet
 
 
 @dataclass(frozen=True, repr=False)
@@ -42,9 +43,7 @@ class ChiSquare(AmbiguitySet):
         if self.radius is not None:
             _checks.number("radius", self.radius, 0.0, torch.inf, "Use 0 for plain averaging.")
         if self.penalty is not None:
-            _checks.number(
-                "penalty", self.penalty, 0.0, torch.inf, "Use radius= for a scale-free set.", open_low=True
-            )
+            _checks.number("penalty", self.penalty, 0.0, torch.inf, "Use radius= for a scale-free set.", open_low=True)
 
     @classmethod
     def from_unhalved(cls, radius: float) -> ChiSquare:
@@ -71,7 +70,7 @@ class ChiSquare(AmbiguitySet):
 
     def _line(self, drop: Tensor, unit: Tensor | float, base: Tensor | None) -> Line:
         scan = _Scan.of(drop, base)
-        return scan.ball(self.radius) if self.penalty is None else scan.penalised(self.penalty / unit)
+        return scan.ball(self.radius or 0.0) if self.penalty is None else scan.penalised(self.penalty / unit)
 
     def fit(self, losses: Tensor, weight: Tensor, *, unit: Tensor | float, step_size: Tensor) -> LineRule:
         problem = Problem.unchecked(losses, weight)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from ._problem import Problem
 from ._sorted import Ranked, quantile, top_share
-from .base import AmbiguitySet, Problem
+from .base import AmbiguitySet
 from .total_variation import TopRule
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from ._problem import Problem
 from ._tilting import inverse_temperature
-from .base import AmbiguitySet, Problem
+from .base import AmbiguitySet
 
 _LARGEST_RATIO = 100.0  # of a new loss under a rule fitted on remembered ones
 
@@ -78,7 +79,7 @@ class KL(AmbiguitySet):
         elif self.radius == 0:
             theta, saturated = torch.zeros_like(problem.top), never
         else:
-            theta, saturated = inverse_temperature(drop, problem, self.radius)
+            theta, saturated = inverse_temperature(drop, problem, self.radius or 0.0)
         return Tilt(theta, saturated, problem.mass(drop == 0), problem.expect((theta * drop).exp()))
 
     def fit(self, losses: Tensor, weight: Tensor, *, unit: Tensor | float, step_size: Tensor) -> TiltRule:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from ._problem import Problem
 from ._sorted import Ranked, quantile, top_share
-from .base import AmbiguitySet, Problem
+from .base import AmbiguitySet
 
 
 @dataclass(frozen=True, repr=False)
@@ -46,19 +47,13 @@ class TotalVariation(AmbiguitySet):
     def __post_init__(self) -> None:
         _checks.exactly_one("TotalVariation", radius=self.radius, penalty=self.penalty)
         if self.radius is not None:
-            _checks.number(
-                "radius", self.radius, 0.0, 1.0, "It is the share of mass moved; 0 is plain averaging."
-            )
+            _checks.number("radius", self.radius, 0.0, 1.0, "It is the share of mass moved; 0 is plain averaging.")
         if self.penalty is not None:
-            _checks.number(
-                "penalty", self.penalty, 0.0, torch.inf, "Use radius= for a scale-free set.", open_low=True
-            )
+            _checks.number("penalty", self.penalty, 0.0, torch.inf, "Use radius= for a scale-free set.", open_low=True)
         if self.cap is not None:
             _checks.number("cap", self.cap, 1.0, torch.inf, "It is the largest allowed ratio.", open_low=True)
             if self.radius is None:
-                raise ValueError(
-                    f"cap must come with radius=, got cap={self.cap!r} with penalty=. Leave cap out."
-                )
+                raise ValueError(f"cap must come with radius=, got cap={self.cap!r} with penalty=. Leave cap out.")
 
     @classmethod
     def from_l1(cls, radius: float, *, cap: float | None = None) -> TotalVariation:
@@ -70,11 +65,12 @@ class TotalVariation(AmbiguitySet):
     def saturating_size(self) -> float:
         if self.penalty is not None or self.cap is not None:
             return 1.0
-        return 1 / (1 - self.radius) if self.radius < 1 else torch.inf
+        return 1 / (1 - self._moved()) if self._moved() < 1 else math.inf
 
     def _moved(self) -> float:
         """The mass that moves: a cap stops it where giver and receiver meet."""
-        return self.radius if self.cap is None else min(self.radius, 1 - 1 / self.cap)
+        radius = self.radius or 0.0
+        return radius if self.cap is None else min(radius, 1 - 1 / self.cap)
 
     def _worst_case(self, problem: Problem) -> Tensor:
         if self.penalty is not None:
@@ -84,15 +80,15 @@ class TotalVariation(AmbiguitySet):
         kept = top_share(problem, 1 - self._moved())
         if self.cap is None:
             best = problem.losses == problem.top
-            return kept + best * (self.radius / problem.mass(best))
+            return kept + best * (self._moved() / problem.mass(best))
         return kept + (self.cap - 1) * top_share(problem, self._moved() / (self.cap - 1))
 
     def _penalised(self, problem: Problem) -> Tensor:
-        kept, best = problem.losses >= problem.top - self.penalty, problem.losses == problem.top
+        kept, best = problem.losses >= problem.top - self._price(), problem.losses == problem.top
         return kept + best * (problem.mass(~kept) / problem.mass(best))
 
     def _threshold(self, problem: Problem) -> Tensor:
-        return problem.top - self.penalty if self.radius is None else quantile(problem, 1 - self._moved())
+        return quantile(problem, 1 - self._moved()) if self.penalty is None else problem.top - self.penalty
 
     def in_memory(self) -> str:
         if self.penalty is not None or self.cap is not None:

@@ -36,9 +36,7 @@ def bradley_terry(
     """
     _checks.per_sample("chosen", chosen)
     _checks.same_samples("rejected", rejected, "chosen", chosen)
-    _checks.number(
-        "label_smoothing", label_smoothing, 0.0, 0.5, "It is the share of wrong labels.", open_high=True
-    )
+    _checks.number("label_smoothing", label_smoothing, 0.0, 0.5, "It is the share of wrong labels.", open_high=True)
     dtype = torch.promote_types(torch.promote_types(chosen.dtype, rejected.dtype), torch.float32)
     lead = chosen.to(dtype) - rejected.to(dtype) - _checked_margin(margin, chosen)
     # Without smoothing the second term stays out: an infinite lead would make it 0 * inf.

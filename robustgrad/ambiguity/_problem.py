@@ -1,0 +1,109 @@
+"""The problem an ambiguity set is given: losses, base and mask, checked and widened."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+
+# Where a loss of -inf stands, in ranges of the finite losses below the largest: its square fits into float32.
+ABYSS = 2.0**40
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """float64, or float32 on the one backend that has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """One or many worst-case problems, checked and widened.
+
+    `losses` (..., n) holds the lowest number instead of -inf and on excluded entries; `base` (..., n)
+    sums to 1 and is 0 on excluded entries, or is None for the uniform distribution over all n;
+    `valid` (..., n) is None where no entry is excluded; `poison` (..., 1) is NaN for rows that have
+    no answer and 0 otherwise.
+    """
+
+    given: Tensor
+    losses: Tensor
+    base: Tensor | None
+    valid: Tensor | None
+    poison: Tensor
+    top: Tensor
+
+    @classmethod
+    def of(cls, losses: Tensor, base: Tensor | None = None, mask: Tensor | None = None) -> Problem:
+        _checks.floating("losses", losses)
+        if losses.dim() == 0 or losses.shape[-1] == 0:
+            raise ValueError(
+                f"losses must have shape (..., n) with n >= 1, got {tuple(losses.shape)}. "
+                "Skip the call for an empty batch, and use losses.reshape(1) for a single sample."
+            )
+        if mask is not None:
+            _checks.boolean_mask(mask, losses)
+        if base is not None:
+            _checks.base_weights(base, losses)
+        return cls.unchecked(losses, base, mask)
+
+    @classmethod
+    def unchecked(cls, losses: Tensor, base: Tensor | None = None, mask: Tensor | None = None) -> Problem:
+        given = losses.detach()
+        wide = given.to(wide_dtype(given.device))
+        share, valid, bad_base = _distribution(wide, base, mask)
+        lowest = torch.finfo(wide.dtype).min
+        if valid is not None:
+            wide = torch.where(valid, wide, lowest)
+        wide = wide.clamp_min(lowest)
+        top = wide.amax(-1, keepdim=True)
+        # NaN and +inf survive amax; finite minus itself is 0, they give NaN.
+        poison = top - top
+        if bad_base is not None:
+            poison = torch.where(bad_base, torch.nan, poison)
+        return cls(given, wide, share, valid, poison, top)
+
+    def mass(self, selected: Tensor) -> Tensor:
+        """Base mass of the selected entries, (..., 1)."""
+        if self.base is None:
+            return selected.sum(-1, keepdim=True, dtype=self.losses.dtype) / self.losses.shape[-1]
+        return torch.where(selected, self.base, 0.0).sum(-1, keepdim=True)
+
+    def expect(self, values: Tensor) -> Tensor:
+        """Mean of `values` under the base, (..., 1)."""
+        if self.base is None:
+            return values.mean(-1, keepdim=True)
+        return (self.base * values).sum(-1, keepdim=True)
+
+    def below_top(self) -> tuple[Tensor, Tensor]:
+        """(losses - max) / unit in [-1, 0], and the unit: the range of the finite losses, (..., 1).
+
+        What stands for -inf lies at `-ABYSS`, so far below that the finite losses look tied from there.
+        """
+        limits = torch.finfo(self.losses.dtype)
+        finite = torch.where(self.losses > limits.min, self.losses, self.top)
+        unit = (self.top - finite.amin(-1, keepdim=True)).clamp(limits.tiny, limits.max)
+        return ((self.losses - self.top) / unit).clamp_min(-ABYSS), unit
+
+    def finish(self, ratio: Tensor) -> Tensor:
+        """NaN for rows without an answer, 0 on excluded entries."""
+        ratio = ratio + self.poison
+        return ratio if self.valid is None else torch.where(self.valid, ratio, 0.0)
+
+
+def _distribution(
+    losses: Tensor, base: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The normalised base, the entries that take part, and the rows whose base is no distribution."""
+    if base is None and mask is None:
+        return None, None, None
+    share = torch.ones_like(losses) if base is None else base.detach().to(losses.dtype).expand_as(losses)
+    bad = None if base is None else ~((share >= 0) & (share < torch.inf)).all(-1, keepdim=True)
+    if mask is not None:
+        share = torch.where(mask, share, 0.0)
+    # An entry of base weight 0 is not part of the population: excluded, as if masked.
+    valid = share != 0
+    total = share.sum(-1, keepdim=True)
+    return share / torch.where(total > 0, total, 1.0), valid, bad
