@@ -14,6 +14,8 @@ from .reweighter import Reweighter
 _HOOK_KINDS = tuple(
     f"_optimizer_{what}_{when}_hooks" for what in ("step", "state_dict", "load_state_dict") for when in ("pre", "post")
 )
+# Schedule-free optimizers have two modes, and loops look for these methods by name.
+_FORWARDED = ("train", "eval")
 
 
 class RobustOptimizer(torch.optim.Optimizer):
@@ -75,9 +77,9 @@ class RobustOptimizer(torch.optim.Optimizer):
                 arguments, kwargs = _new_arguments(hook, changed)
         # Called on the instance: hooks of the wrapped optimizer, global ones and profiling run there, once.
         out = self.optimizer.step(*arguments[1:], **kwargs)
+        self.reweighter.step()
         for hook in self._optimizer_step_post_hooks.values():
             hook(self, arguments, kwargs)
-        self.reweighter.step()
         return out
 
     # Keeps torch from wrapping `step` on the class, which would run every global hook twice.
@@ -141,16 +143,21 @@ class RobustOptimizer(torch.optim.Optimizer):
         return {"optimizer": self.optimizer, "reweighter": self.reweighter}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        # setattr, not __dict__: torch's loading hands over `state` and `param_groups`, which are the inner's.
+        for name, value in state.items():
+            setattr(self, name, value)
         for kind in _HOOK_KINDS:
-            self.__dict__[kind] = OrderedDict()
+            self.__dict__.setdefault(kind, OrderedDict())
 
     def __getattr__(self, name: str) -> Any:
-        # No delegation: handing out `grad_scale` or `_step_supports_amp_scaling` of a fused optimizer makes
-        # GradScaler trust a wrapper that does not unscale.
+        # No blanket delegation: handing out `grad_scale` or `_step_supports_amp_scaling` of a fused optimizer
+        # makes GradScaler trust a wrapper that does not unscale.
         inner = self.__dict__.get("optimizer")
-        hint = f". The wrapped optimizer has: use .optimizer.{name}" if hasattr(inner, name) else ""
-        raise AttributeError(f"RobustOptimizer has no attribute {name!r}{hint}", name=name, obj=self)
+        there = hasattr(inner, name)
+        if there and name in _FORWARDED:
+            return getattr(inner, name)
+        hint = f": the wrapped {type(inner).__name__} has it, use .optimizer.{name}" if there else ""
+        raise AttributeError(f"RobustOptimizer has no attribute {name!r}{hint}.", name=name, obj=self)
 
     def __repr__(self) -> str:
         return f"RobustOptimizer({self.optimizer!r}, {self.reweighter!r})"

@@ -32,8 +32,10 @@ def quantile(problem: Problem, mass: float) -> Tensor:
     losses, n = problem.losses, problem.losses.shape[-1]
     if problem.base is not None:
         ordered, order = losses.sort(-1, descending=True)
-        above = cumsum(problem.base.gather(-1, order)) < mass
-        return ordered.gather(-1, above.sum(-1, keepdim=True).clamp_max(n - 1))
+        above = (cumsum(problem.base.gather(-1, order)) < mass).sum(-1, keepdim=True)
+        # The sum may stay a rounding below a mass of 1: never past the last entry that takes part.
+        last = (problem.base > 0).sum(-1, keepdim=True) - 1
+        return ordered.gather(-1, above.minimum(last).clamp_min(0))
     # The plain ceiling is exact: where rounding lands one entry off, its share comes out as 0 or 1.
     k = min(max(math.ceil(mass * n), 1), n)
     if losses.is_cpu:

@@ -11,12 +11,19 @@ from torch import Tensor
 from ._problem import ABYSS, Problem
 
 _NEWTON_STEPS = 5
-_GRID_SIZE = 2**14  # numbers tried at once while the bracket is narrowed
+_GRID_SIZE = 2**11  # numbers tried at once while the bracket is narrowed; torch computes as many in one thread
+_LOG2_E = 1 / math.log(2)
 _TALLEST = 30.0  # exponent of the maximum when the losses are centred below it
 
 
-def inverse_temperature(drop: Tensor, problem: Problem, radius: float) -> tuple[Tensor, Tensor]:
-    """theta with KL(p exp(theta drop) || p) = radius, and where no finite theta reaches it, each (..., 1).
+def exp(values: Tensor) -> Tensor:
+    """exp, by way of exp2: torch hands exp of 128 numbers and more to several threads, which wait for each
+    other for milliseconds where the cores are busy with something else."""
+    return (values * _LOG2_E).exp2()
+
+
+def inverse_temperature(drop: Tensor, problem: Problem, radius: float) -> Tensor:
+    """theta with KL(p exp(theta drop) || p) = radius, (..., 1); beyond every gap where none reaches it.
 
     KL rises in theta from 0 to -log P(argmax). Solved in u = log theta on h = log KL - log(-log P - KL),
     which has slope 2 for small theta and is nearly linear near saturation: the bracket is narrowed by a
@@ -35,7 +42,7 @@ def inverse_temperature(drop: Tensor, problem: Problem, radius: float) -> tuple[
         newton = u - (h - goal) / slope
         inside = newton == newton.clamp(low, high)
         u = torch.where(inside, newton, torch.lerp(low, high, 0.5))
-    return u.exp(), saturated
+    return torch.where(saturated, torch.finfo(u.dtype).tiny ** -0.5, u.exp())
 
 
 def _narrow(curve: _Curve, goal: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,7 +68,8 @@ class _Curve:
     best: Tensor
     best_mass: Tensor
     entropy: Tensor
-    moments: Tensor  # (..., n, 3): base * (drop, drop^2, below the maximum / P(argmax))
+    square: Tensor
+    others: Tensor  # 1 / P(argmax) below the maximum, 0 at it
 
     @classmethod
     def of(cls, drop: Tensor, problem: Problem) -> _Curve:
@@ -69,9 +77,7 @@ class _Curve:
             drop = torch.where(problem.valid, drop, 0.0)
         best = drop == 0
         mass = problem.mass(best)
-        base = 1 / drop.shape[-1] if problem.base is None else problem.base.unsqueeze(-1)
-        moments = torch.stack((drop, drop.square(), (~best) / mass), -1) * base
-        return cls(problem, drop, -problem.expect(drop), best, mass, -mass.log(), moments)
+        return cls(problem, drop, -problem.expect(drop), best, mass, -mass.log(), drop.square(), ~best / mass)
 
     def bracket(self, radius: float, left: Tensor) -> tuple[Tensor, Tensor]:
         """log theta, from Var <= range^2 / 4 and from what the two largest values alone would need."""
@@ -88,10 +94,11 @@ class _Curve:
         tiny = torch.finfo(theta.dtype).tiny ** 0.5
         rise = (theta * self.depth).clamp_max(_TALLEST)
         y = torch.addcmul(rise, theta, self.drop)
-        growth = self.problem.expect(y.expm1())
+        expect = self.problem.expect
+        growth = expect(y.expm1())
         # exp beside expm1, not expm1 + 1: far below the maximum the sum would be rounding alone.
-        sums = (y.exp().unsqueeze(-2) @ self.moments).squeeze(-2)
-        drop, square, odds = torch.split(sums, 1, -1)
+        tilted = exp(y)
+        drop, square, odds = expect(tilted * self.drop), expect(tilted * self.square), expect(tilted * self.others)
         normaliser = growth + 1
         fall = theta * drop / normaliser
         divergence = (fall + rise - growth.log1p()).clamp_min(tiny)

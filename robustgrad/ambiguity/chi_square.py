@@ -58,7 +58,9 @@ class ChiSquare(AmbiguitySet):
         if self.radius == 0:
             return torch.ones_like(problem.losses)
         drop, unit = self._scaled(problem)
-        return self._line(drop, unit, problem.base).at(drop)
+        line = self._line(drop, unit, problem.base)
+        # Where the budget is just used up the line is flat, and only the order tells who is active.
+        return line.at(drop) * (drop >= line.least)
 
     def _threshold(self, problem: Problem) -> Tensor:
         drop, unit = self._scaled(problem)
@@ -92,7 +94,7 @@ class Line(NamedTuple):
     height: Tensor
 
     def at(self, drop: Tensor) -> Tensor:
-        return ((drop - self.least) * self.slope + self.height).clamp_min(0.0)
+        return torch.addcmul(self.height, drop - self.least, self.slope).clamp_min(0.0)
 
     def zero(self) -> Tensor:
         """The drop at which the ratio reaches 0."""
@@ -125,7 +127,8 @@ class _Scan(NamedTuple):
     @classmethod
     def of(cls, drop: Tensor, base: Tensor | None) -> _Scan:
         ordered, p, before, mass, rest = _descending(drop, base)
-        gaps = torch.diff(ordered, prepend=ordered[..., :1])
+        # The first gap reaches round to the last loss; no mass lies before it, so it counts for nothing.
+        gaps = ordered - ordered.roll(1, -1)
         step = before * gaps
         fall = cumsum(step)
         half_second = cumsum(gaps * torch.sub(fall, step, alpha=0.5))
@@ -134,10 +137,11 @@ class _Scan(NamedTuple):
     def ball(self, radius: float) -> Line:
         # 2 radius P - (1 - P) in the form that does not cancel at small radii.
         budget = 2 * radius * self.mass - self.rest
-        active = self.spread >= budget * self.fall.square()
+        limits = torch.finfo(self.spread.dtype)
+        # A loss whose ratio would be rounding alone is not active: it may stand for -inf.
+        active = torch.addcmul(self.spread, budget, self.fall.square(), value=-1 - 64 * limits.eps) >= 0
         least, mass, fall, spread, budget = self._last(active, self.spread, budget)
         # Saturated means spread 0: then the slope must be steep whatever is left of the budget.
-        limits = torch.finfo(spread.dtype)
         slope = (budget.clamp_min(limits.eps**2) / spread.clamp_min(limits.tiny**0.5)).sqrt()
         return Line(least, slope, (1 + fall * slope) / mass)
 
@@ -157,7 +161,7 @@ def _descending(losses: Tensor, base: Tensor | None) -> tuple[Tensor, Tensor | f
     ordered, order = losses.sort(-1, descending=True)
     if base is None:
         n = losses.shape[-1]
-        counts = torch.arange(n + 1, device=losses.device, dtype=losses.dtype) / n
+        counts = torch.linspace(0.0, 1.0, n + 1, device=losses.device, dtype=losses.dtype)
         mass = counts[1:].expand_as(ordered)
         return ordered, 1 / n, counts[:-1], mass, 1 - mass
     p = base.gather(-1, order)

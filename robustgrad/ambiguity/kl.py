@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _checks
 from ._problem import Problem
-from ._tilting import inverse_temperature
+from ._tilting import exp, inverse_temperature
 from .base import AmbiguitySet
 
 _LARGEST_RATIO = 100.0  # of a new loss under a rule fitted on remembered ones
@@ -60,63 +60,47 @@ class KL(AmbiguitySet):
         if self.radius == 0:
             return torch.ones_like(problem.losses)
         drop, unit = self._scaled(problem)
-        return self._tilt(drop, unit, problem).at(drop)
+        # Through softmax, in which ties stay ties to the bit.
+        tilted = (self._theta(drop, unit, problem) * drop).softmax(-1)
+        return tilted / problem.expect(tilted)
 
     def _threshold(self, problem: Problem) -> Tensor:
         drop, unit = self._scaled(problem)
         if self.radius == 0:
             return problem.top + unit * problem.expect(drop)
-        return problem.top + unit * self._tilt(drop, unit, problem).one()
+        theta = self._theta(drop, unit, problem)
+        return problem.top + unit * problem.expect(exp(theta * drop)).log() / theta
 
     def _scaled(self, problem: Problem) -> tuple[Tensor, Tensor | float]:
         """A ball sees no scale; a temperature is compared with the losses as they are."""
         return problem.below_top() if self.temperature is None else (problem.losses - problem.top, 1.0)
 
-    def _tilt(self, drop: Tensor, unit: Tensor | float, problem: Problem) -> Tilt:
-        never = torch.zeros_like(problem.top, dtype=torch.bool)
+    def _theta(self, drop: Tensor, unit: Tensor | float, problem: Problem) -> Tensor:
         if self.temperature is not None:
-            theta, saturated = torch.ones_like(problem.top) * unit / self.temperature, never
-        elif self.radius == 0:
-            theta, saturated = torch.zeros_like(problem.top), never
-        else:
-            theta, saturated = inverse_temperature(drop, problem, self.radius or 0.0)
-        return Tilt(theta, saturated, problem.mass(drop == 0), problem.expect((theta * drop).exp()))
+            return torch.ones_like(problem.top) * unit / self.temperature
+        return inverse_temperature(drop, problem, self.radius) if self.radius else torch.zeros_like(problem.top)
 
     def fit(self, losses: Tensor, weight: Tensor, *, unit: Tensor | float, step_size: Tensor) -> TiltRule:
         problem = Problem.unchecked(losses, weight)
         drop, scale = self._scaled(problem)
-        return TiltRule(self._tilt(drop, scale * unit, problem), problem.top, scale)
+        theta = self._theta(drop, scale * unit, problem)
+        return TiltRule(theta, problem.expect(exp(theta * drop)), problem.top, scale)
 
     def _divergence(self, ratio: Tensor) -> Tensor:
-        return torch.xlogy(ratio, ratio)
+        # The mean of ratio - 1 is 0; taking it off term by term leaves nothing to cancel near ratio 1.
+        return torch.xlogy(ratio, ratio) - (ratio - 1)
 
     def _price(self) -> float:
         return self.temperature or 0.0
 
 
 @dataclass(frozen=True, eq=False)
-class Tilt:
-    """ratio = exp(theta (l - max)) / normaliser, or 1 / P(argmax) on the maximum where saturated."""
-
-    theta: Tensor
-    saturated: Tensor
-    best_mass: Tensor
-    normaliser: Tensor
-
-    def at(self, drop: Tensor) -> Tensor:
-        extreme = torch.where(drop == 0, 1 / self.best_mass, 0.0)
-        return torch.where(self.saturated, extreme, (self.theta * drop).exp() / self.normaliser)
-
-    def one(self) -> Tensor:
-        """The drop whose ratio is 1; the maximum where saturated."""
-        return torch.where(self.saturated, 0.0, self.normaliser.log() / self.theta)
-
-
-@dataclass(frozen=True, eq=False)
 class TiltRule:
-    tilt: Tilt
+    theta: Tensor
+    normaliser: Tensor
     top: Tensor
     scale: Tensor | float
 
     def ratio(self, losses: Tensor, weight: Tensor | float = 1.0) -> Tensor:
-        return self.tilt.at((losses.minimum(self.top) - self.top) / self.scale).clamp_max(_LARGEST_RATIO)
+        drop = (losses.minimum(self.top) - self.top) / self.scale
+        return (exp(self.theta * drop) / self.normaliser).clamp_max(_LARGEST_RATIO)
