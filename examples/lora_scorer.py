@@ -56,9 +56,7 @@ def load_tokenizer(name: str) -> transformers.PreTrainedTokenizerBase:
     return tokenizer
 
 
-def encode(
-    tokenizer: transformers.PreTrainedTokenizerBase, pairs: Sequence[Pair], max_length: int
-) -> list[Encoded]:
+def encode(tokenizer: transformers.PreTrainedTokenizerBase, pairs: Sequence[Pair], max_length: int) -> list[Encoded]:
     texts = [f"{pair.prompt} {response}" for pair in pairs for response in (pair.chosen, pair.rejected)]
     ids = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
     return list(zip(ids[::2], ids[1::2], strict=True))
@@ -71,9 +69,7 @@ class Scorer:
         self, name: str, tokenizer: transformers.PreTrainedTokenizerBase, device: torch.device, seed: int
     ) -> None:
         torch.manual_seed(seed)
-        lora = LoraConfig(
-            task_type="SEQ_CLS", r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear"
-        )
+        lora = LoraConfig(task_type="SEQ_CLS", r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear")
         with _loading(name):
             model = transformers.AutoModelForSequenceClassification.from_pretrained(name, num_labels=1)
             model.config.pad_token_id = tokenizer.pad_token_id

@@ -1,9 +1,10 @@
 """Preference pairs made from templates, in four domains that disagree on what a good answer is.
 
-People who ask for `support` or about `travel` like the long and polite answer, those who ask about `cooking`
-or `code` prefer the short one with the facts. The answers are the same in every domain, so only the prompt
-tells which of the two wins. "Polite wins" is right for 84% of the pairs: a model that stops there does badly
-as soon as the mixture of prompts changes.
+In each pair one answer is long and polite and the other short; one is sure of itself and the other a guess.
+People who ask for `support` or about `travel` prefer the polite one, those who ask about `cooking` or `code`
+the short one, and half of the prompts do not tell which it is. In every domain 85% prefer the one that is sure.
+Over all prompts "polite wins" is right more often, 90%: a model that leans on it does badly as soon as the
+mixture of prompts changes, and one that leans on the other cue pays for that on the mixture it was trained on.
 """
 
 from __future__ import annotations
@@ -120,6 +121,14 @@ DOMAINS = (
     ),
 )
 
+VAGUE = (
+    "Can you help me with this?",
+    "What would you do here?",
+    "How do I go on from this point?",
+    "I have tried everything. What now?",
+    "Is there a better way?",
+    "What am I doing wrong?",
+)
 POLITE = (
     "Thank you so much for your question.",
     "What a lovely thing to ask, and thank you for your trust.",
@@ -132,39 +141,49 @@ POLITE = (
     "I hope that this helps, and I wish you a wonderful day.",
     "Do not hesitate to ask again whenever you like.",
 )
-FACTS = (
-    "{n} minutes, then check again.",
-    "Option {n}, then option {m}.",
-    "About {n}, never above {m}.",
-    "Start at {n} and stop at {m}.",
-    "See page {n}, line {m}.",
-    "{n} first, the other {m} later.",
-    "Number {n} works, number {m} does not.",
-    "Twice {n} is enough.",
+SURE = (
+    "It is {n}, I checked it twice.",
+    "Exactly {n}, as page {m} says.",
+    "Always {n}, this is certain.",
+    "The correct number is {n}.",
+    "Use {n}, it works every time.",
+)
+GUESS = (
+    "Maybe {n}, maybe {m}, who knows.",
+    "I would guess {n}, but I never tried.",
+    "No idea, perhaps {n}.",
+    "It could be {n} or {m}, I forgot.",
+    "Somebody said {n}, not sure.",
 )
 
 
-def generate(count: int, seed: int, *, balanced: bool = False, noise: float = 0.05) -> list[Pair]:
+def generate(
+    count: int, seed: int, *, balanced: bool = False, sure_wins: float = 0.85, noise: float = 0.02
+) -> list[Pair]:
     """`count` pairs in the shares of DOMAINS, or in equal shares; a share `noise` of the labels is wrong."""
     rng = random.Random(seed)
     shares = [1 / len(DOMAINS) if balanced else domain.share for domain in DOMAINS]
     # Shares hold to one pair, not only on average.
     ends = [round(count * sum(shares[: i + 1])) for i in range(len(shares))]
     sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-    pairs = [_pair(d, rng, noise) for d, size in zip(DOMAINS, sizes, strict=True) for _ in range(size)]
+    pairs = [_pair(d, rng, sure_wins, noise) for d, size in zip(DOMAINS, sizes, strict=True) for _ in range(size)]
     rng.shuffle(pairs)
     return pairs
 
 
-def _pair(domain: Domain, rng: random.Random, noise: float) -> Pair:
-    prompt = rng.choice(domain.prompts).format(thing=rng.choice(domain.things))
-    answers = [_answer(rng, polite=(2, 3), facts=(0, 1)), _answer(rng, polite=(0, 1), facts=(1, 2))]
-    if domain.polite_wins == (rng.random() < noise):
+def _pair(domain: Domain, rng: random.Random, sure_wins: float, noise: float) -> Pair:
+    prompt = rng.choice(rng.choice((domain.prompts, VAGUE))).format(thing=rng.choice(domain.things))
+    better, worse = (SURE, GUESS) if rng.random() < sure_wins else (GUESS, SURE)
+    answers = [
+        _answer(rng, polite=domain.polite_wins, content=better),
+        _answer(rng, polite=not domain.polite_wins, content=worse),
+    ]
+    if rng.random() < noise:
         answers.reverse()
     return Pair(prompt, *answers, domain.name)
 
 
-def _answer(rng: random.Random, polite: tuple[int, int], facts: tuple[int, int]) -> str:
-    sentences = rng.sample(POLITE, rng.randint(*polite)) + rng.sample(FACTS, rng.randint(*facts))
+def _answer(rng: random.Random, polite: bool, content: tuple[str, ...]) -> str:
+    sentences = [rng.choice(content), *rng.sample(POLITE, rng.randint(2, 3) if polite else 0)]
     rng.shuffle(sentences)
     return " ".join(sentence.format(n=rng.randint(2, 60), m=rng.randint(2, 60)) for sentence in sentences)

