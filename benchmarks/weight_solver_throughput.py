@@ -1,0 +1,231 @@
+"""How fast is the exact solve, beside every alternative?
+
+    python benchmarks/weight_solver_throughput.py [--quick] [--device cuda] [--out benchmarks/results]
+
+Per ambiguity set and problem size: the exact solve, bisection on the dual at equal accuracy, a convex
+solver whose problem was built beforehand, and the bare `sort` and `mean` of the same losses. All of them
+run interleaved in the same rounds; a time is the median over rounds. Writes a CSV and a picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import platform
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from weight_solver_baselines import bisection, convex_program
+
+from robustgrad import KL, AmbiguitySet, ChiSquare, CVaR, TotalVariation
+
+SETS: list[AmbiguitySet] = [
+    TotalVariation(0.1),
+    TotalVariation(0.1, cap=2.0),
+    TotalVariation(penalty=1.0),
+    ChiSquare(0.5),
+    ChiSquare(penalty=1.0),
+    KL(0.5),
+    KL(temperature=1.0),
+    CVaR(0.2),
+]
+PROBLEMS = [(1, 8), (1, 64), (1, 512), (1, 4096), (1, 65536), (1, 2**20), (64, 64), (4096, 64)]
+QUICK = [(1, 8), (1, 512), (64, 64)]
+CONVEX_LIMIT = 4096
+COLORS = {"exact": "C3", "bisection": "C0", "cvxpy": "C1", "sort": "C2", "mean": "C7"}
+Row = dict[str, Any]
+
+
+class PeakMemory(TorchDispatchMode):
+    """Most bytes alive at once among the tensors made inside; what an operation uses within is not seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given:
+                self._made(tensor.untyped_storage())
+        return result
+
+    def _made(self, storage: Any) -> None:
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._freed, storage.nbytes())
+
+    def _freed(self, size: int) -> None:
+        self.live -= size
+
+
+def peak_memory(solve: Callable[[], object], device: str) -> int:
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        solve()
+        return int(torch.cuda.max_memory_allocated() - before)
+    with PeakMemory() as memory:
+        solve()
+    return memory.peak
+
+
+def seconds(run: Callable[[], object], times: int, device: str) -> float:
+    """Mean time of one of `times` calls in a row."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(times):
+        run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / times
+
+
+def interleaved(runs: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, float]:
+    """Median microseconds per call. Every contestant runs in every round, so a disturbance hits them alike."""
+    once = {name: min(seconds(run, 1, device) for _ in range(3)) for name, run in runs.items()}
+    times = {name: max(1, min(200, int(0.01 / spent))) for name, spent in once.items()}
+    kept: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            kept[name].append(seconds(run, times[name], device))
+    return {name: 1e6 * median(values) for name, values in kept.items()}
+
+
+def measure(ambiguity: AmbiguitySet, rows: int, n: int, rounds: int, device: str) -> Row:
+    generator = torch.Generator().manual_seed(n)
+    losses = torch.nn.functional.softplus(torch.randn(rows, n, generator=generator)).to(device)
+    losses = losses[0] if rows == 1 else losses
+
+    def exact() -> Tensor:
+        return ambiguity.solve(losses).ratio
+
+    runs: dict[str, Callable[[], object]] = {
+        "exact": exact,
+        "sort": lambda: losses.sort(-1),
+        "mean": lambda: losses.mean(-1),
+    }
+    # Accuracy without the rounding of the answer to float32.
+    ratio, found = ambiguity.solve(losses.double()).ratio.cpu(), {}
+    halved = bisection(ambiguity, losses)
+    if halved is not None:
+        runs["bisection"], found["bisection"] = lambda: bisection(ambiguity, losses), halved.cpu()
+    if rows == 1 and n <= CONVEX_LIMIT and find_spec("cvxpy"):
+        program = convex_program(ambiguity, n)
+        runs["cvxpy"], found["cvxpy"] = lambda: program(losses), program(losses)
+    spent = interleaved(runs, rounds, device)
+    return {
+        "set": repr(ambiguity),
+        "rows": rows,
+        "n": n,
+        **{f"{name}_us": round(spent[name], 2) if name in spent else None for name in COLORS},
+        "problems_per_s": round(rows / spent["exact"] * 1e6),
+        "bisection_times": round(spent["bisection"] / spent["exact"], 1) if "bisection" in spent else None,
+        "cvxpy_times": round(spent["cvxpy"] / spent["exact"], 1) if "cvxpy" in spent else None,
+        **{f"ratio_error_{k}": float(f"{(ratio - found[k]).abs().max():.1e}") if k in found else None
+           for k in ("bisection", "cvxpy")},
+        "peak_bytes_per_loss": round(peak_memory(exact, device) / losses.numel(), 1),
+    }  # fmt: skip
+
+
+def machine(device: str) -> Row:
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
+    here = Path(__file__).parent
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=here)
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "cpu": names[0].split(":")[1].strip() if names else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit.stdout.strip() or "unknown",
+    }
+
+
+def show(rows: list[Row], about: Row) -> None:
+    """Print the table, with rich where it is installed."""
+    heads = ["set", "rows", "n", *(f"{name}_us" for name in COLORS), "problems_per_s", "bisection_times",
+             "cvxpy_times", "ratio_error_bisection", "ratio_error_cvxpy", "peak_bytes_per_loss"]  # fmt: skip
+    lines = [["-" if row[head] is None else f"{row[head]:,}" if head.endswith("_us") or head == "problems_per_s"
+              else str(row[head]) for head in heads] for row in rows]  # fmt: skip
+    title = ", ".join(f"{key} {value}" for key, value in about.items())
+    if not find_spec("rich"):
+        print(title, "\t".join(heads), *("\t".join(line) for line in lines), sep="\n")
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    for head in heads:
+        table.add_column(head.replace("_", " "), justify="left" if head == "set" else "right")
+    for line in lines:
+        table.add_row(*line)
+    Console(width=220).print(table)
+
+
+def draw(rows: list[Row], about: Row, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(2, 4, figsize=(16, 7), sharex=True, sharey=True, layout="constrained")
+    for panel, ambiguity in zip(panels.flat, SETS, strict=True):
+        own = [row for row in rows if row["set"] == repr(ambiguity) and row["rows"] == 1]
+        for name, color in COLORS.items():
+            points = [(row["n"], row[f"{name}_us"]) for row in own if row[f"{name}_us"] is not None]
+            if points:
+                panel.loglog(*zip(*points, strict=True), "o-", color=color, label=name, markersize=4)
+        panel.set_title(repr(ambiguity), fontsize=10)
+        panel.grid(alpha=0.3)
+    panels[0, 0].legend()
+    figure.supxlabel("losses n")
+    figure.supylabel("microseconds per solve")
+    figure.suptitle(f"{about['device']}: {about['cpu']}, {about['threads']} threads, torch {about['torch']}")
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="three sizes and three rounds, in seconds")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    arguments = parser.parse_args()
+    device, about = arguments.device, machine(arguments.device)
+    rows = []
+    for ambiguity in SETS:
+        for count, n in QUICK if arguments.quick else PROBLEMS:
+            rows.append(measure(ambiguity, count, n, 3 if arguments.quick else 9, device))
+            if sys.stderr.isatty():
+                print(f"\r{ambiguity!r}, {count} x {n} ".ljust(70), end="\r", file=sys.stderr, flush=True)
+    show(rows, about)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / f"weight_solver_throughput_{device}.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], *about])
+        writer.writeheader()
+        writer.writerows({**row, **about} for row in rows)
+    print(f"wrote {path}")
+    if find_spec("matplotlib"):
+        draw(rows, about, path.with_suffix(".png"))
+        print(f"wrote {path.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    main()
