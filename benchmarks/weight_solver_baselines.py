@@ -102,7 +102,10 @@ def kl_ball(drop: Tensor, rho: float) -> Tensor:
 
 
 def convex_program(ambiguity: AmbiguitySet, n: int) -> Callable[[Tensor], Tensor]:
-    """A cvxpy problem built once, with the losses as its parameter; solving it gives the ratios."""
+    """A cvxpy problem built once, with the losses as its parameter; solving it gives the ratios.
+
+    Solving raises cvxpy.error.SolverError where the solver gives up.
+    """
     import cvxpy as cp
 
     losses, ratio = cp.Parameter(n), cp.Variable(n, nonneg=True)
@@ -113,7 +116,7 @@ def convex_program(ambiguity: AmbiguitySet, n: int) -> Callable[[Tensor], Tensor
         case CVaR(alpha=alpha):
             rules += [ratio <= 1 / alpha]
         case TotalVariation(cap=cap):
-            spent = cp.norm1(ratio - 1) / 2
+            spent = cp.sum(cp.pos(ratio - 1))  # half the L1 norm, since both sum to n
             rules += [] if cap is None else [ratio <= cap]
         case ChiSquare():
             spent = cp.sum_squares(ratio - 1) / 2

@@ -124,15 +124,20 @@ def measure(ambiguity: AmbiguitySet, rows: int, n: int, rounds: int, device: str
     halved = bisection(ambiguity, losses)
     if halved is not None:
         runs["bisection"], found["bisection"] = lambda: bisection(ambiguity, losses), halved.cpu()
+    gave_up = False
     if rows == 1 and n <= CONVEX_LIMIT and find_spec("cvxpy"):
         program = convex_program(ambiguity, n)
-        runs["cvxpy"], found["cvxpy"] = lambda: program(losses), program(losses)
+        solution = attempt(program, losses)
+        gave_up = solution is None
+        if solution is not None:
+            runs["cvxpy"], found["cvxpy"] = lambda: program(losses), solution
     spent = interleaved(runs, rounds, device)
     return {
         "set": repr(ambiguity),
         "rows": rows,
         "n": n,
         **{f"{name}_us": round(spent[name], 2) if name in spent else None for name in COLORS},
+        **({"cvxpy_us": "failed"} if gave_up else {}),
         "problems_per_s": round(rows / spent["exact"] * 1e6),
         "bisection_times": round(spent["bisection"] / spent["exact"], 1) if "bisection" in spent else None,
         "cvxpy_times": round(spent["cvxpy"] / spent["exact"], 1) if "cvxpy" in spent else None,
@@ -140,6 +145,16 @@ def measure(ambiguity: AmbiguitySet, rows: int, n: int, rounds: int, device: str
            for k in ("bisection", "cvxpy")},
         "peak_bytes_per_loss": round(peak_memory(exact, device) / losses.numel(), 1),
     }  # fmt: skip
+
+
+def attempt(program: Callable[[Tensor], Tensor], losses: Tensor) -> Tensor | None:
+    """The convex solver's answer, or None where it gives up."""
+    from cvxpy.error import SolverError
+
+    try:
+        return program(losses)
+    except SolverError:
+        return None
 
 
 def machine(device: str) -> Row:
@@ -162,7 +177,7 @@ def show(rows: list[Row], about: Row) -> None:
     """Print the table, with rich where it is installed."""
     heads = ["set", "rows", "n", *(f"{name}_us" for name in COLORS), "problems_per_s", "bisection_times",
              "cvxpy_times", "ratio_error_bisection", "ratio_error_cvxpy", "peak_bytes_per_loss"]  # fmt: skip
-    lines = [["-" if row[head] is None else f"{row[head]:,}" if head.endswith("_us") or head == "problems_per_s"
+    lines = [["-" if row[head] is None else f"{row[head]:,}" if isinstance(row[head], float | int) and head != "n"
               else str(row[head]) for head in heads] for row in rows]  # fmt: skip
     title = ", ".join(f"{key} {value}" for key, value in about.items())
     if not find_spec("rich"):
@@ -189,7 +204,7 @@ def draw(rows: list[Row], about: Row, path: Path) -> None:
     for panel, ambiguity in zip(panels.flat, SETS, strict=True):
         own = [row for row in rows if row["set"] == repr(ambiguity) and row["rows"] == 1]
         for name, color in COLORS.items():
-            points = [(row["n"], row[f"{name}_us"]) for row in own if row[f"{name}_us"] is not None]
+            points = [(row["n"], row[f"{name}_us"]) for row in own if row[f"{name}_us"] not in (None, "failed")]
             if points:
                 panel.loglog(*zip(*points, strict=True), "o-", color=color, label=name, markersize=4)
         panel.set_title(repr(ambiguity), fontsize=10)
