@@ -51,7 +51,7 @@ def top_share(problem: Problem, mass: float) -> Tensor:
     """
     edge = quantile(problem, mass)
     above, tied = problem.losses > edge, problem.losses == edge
-    boundary = ((mass - problem.mass(above)) / problem.mass(tied)).clamp(0.0, 1.0)
+    boundary = ((mass - problem.mass(above)) / problem.mass(tied)).clamp(0.0, 1.0) + problem.poison
     return above + tied * boundary
 
 

@@ -45,7 +45,7 @@ class CVaR(AmbiguitySet):
 
     def _worst_case(self, problem: Problem) -> Tensor:
         if self.alpha == 1:
-            return torch.ones_like(problem.losses)
+            return problem.plain()
         return top_share(problem, self.alpha) / self.alpha
 
     def _threshold(self, problem: Problem) -> Tensor:

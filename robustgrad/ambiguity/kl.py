@@ -58,7 +58,7 @@ class KL(AmbiguitySet):
 
     def _worst_case(self, problem: Problem) -> Tensor:
         if self.radius == 0:
-            return torch.ones_like(problem.losses)
+            return problem.plain()
         drop, unit = self._scaled(problem)
         # Through softmax, in which ties stay ties to the bit.
         tilted = (self._theta(drop, unit, problem) * drop).softmax(-1)
@@ -73,7 +73,7 @@ class KL(AmbiguitySet):
 
     def _scaled(self, problem: Problem) -> tuple[Tensor, Tensor | float]:
         """A ball sees no scale; a temperature is compared with the losses as they are."""
-        return problem.below_top() if self.temperature is None else (problem.losses - problem.top, 1.0)
+        return problem.below_top() if self.temperature is None else (problem.distance(), 1.0)
 
     def _theta(self, drop: Tensor, unit: Tensor | float, problem: Problem) -> Tensor:
         if self.temperature is not None:

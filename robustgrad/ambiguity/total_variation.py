@@ -76,7 +76,7 @@ class TotalVariation(AmbiguitySet):
         if self.penalty is not None:
             return self._penalised(problem)
         if self.radius == 0:
-            return torch.ones_like(problem.losses)
+            return problem.plain()
         kept = top_share(problem, 1 - self._moved())
         if self.cap is None:
             best = problem.losses == problem.top
@@ -85,7 +85,7 @@ class TotalVariation(AmbiguitySet):
 
     def _penalised(self, problem: Problem) -> Tensor:
         kept, best = problem.losses >= problem.top - self._price(), problem.losses == problem.top
-        return kept + best * (problem.mass(~kept) / problem.mass(best))
+        return kept + best * (problem.mass(~kept) / problem.mass(best) + problem.poison)
 
     def _threshold(self, problem: Problem) -> Tensor:
         return quantile(problem, 1 - self._moved()) if self.penalty is None else problem.top - self.penalty
