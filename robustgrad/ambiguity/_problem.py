@@ -26,6 +26,14 @@ def readable(tensor: Tensor) -> bool:
     return tensor.is_cpu and not torch.compiler.is_compiling()
 
 
+def all_equal(weight: Tensor) -> bool:
+    """Whether the weights are seen to be equal, and positive: then the base is uniform."""
+    if not readable(weight):
+        return False
+    low, high = weight.aminmax()
+    return bool(0.0 < low.item() == high.item())
+
+
 class Problem(NamedTuple):
     """One or many worst-case problems, checked and widened.
 
@@ -76,6 +84,10 @@ class Problem(NamedTuple):
         """Whether no square of a loss can leave the range of `losses`."""
         return self.losses.dtype == torch.float64 != self.given.dtype
 
+    @classmethod
+    def remembered(cls, losses: Tensor, weight: Tensor) -> Problem:
+        return cls.unchecked(losses, None if all_equal(weight) else weight)
+
     def mass(self, selected: Tensor) -> Tensor:
         """Base mass of the selected entries, (..., 1)."""
         if self.base is None:
@@ -100,7 +112,7 @@ class Problem(NamedTuple):
         What stands for -inf lies so far below that the finite losses look tied from there.
         """
         drop = self.losses - self.top
-        if self._widened:
+        if self._widened or _is_moderate(drop):
             return drop, 1.0
         limits = torch.finfo(drop.dtype)
         finite = torch.where(self.losses > limits.min, drop, 0.0)
@@ -118,6 +130,11 @@ class Problem(NamedTuple):
 
 def _lowest(given: torch.dtype, wide: torch.dtype) -> float:
     return _BELOW_WIDENED if wide == torch.float64 != given else torch.finfo(wide).min
+
+
+def _is_moderate(drop: Tensor) -> bool:
+    """Whether one row is seen to have no -inf and squares that are safe."""
+    return drop.dim() == 1 and readable(drop) and 1e-100 < -drop.amin().item() < 1e100
 
 
 def _distribution(

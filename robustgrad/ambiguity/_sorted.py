@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from ._problem import Problem
+from ._problem import Problem, all_equal
 
 
 def cumsum(values: Tensor) -> Tensor:
@@ -55,24 +57,38 @@ def top_share(problem: Problem, mass: float) -> Tensor:
     return above + tied * boundary
 
 
+class Place(NamedTuple):
+    """Where new losses, of base weight `weight`, come to stand among remembered ones of mass `total`."""
+
+    total: Tensor
+    above: Tensor
+    tied: Tensor
+
+    def top_share(self, mass: Tensor | float) -> Tensor:
+        """How much of each lies in the top `mass`."""
+        return (mass * self.total - self.above).clamp_min_(0.0).minimum(self.tied).div_(self.tied)
+
+
 @dataclass(frozen=True, eq=False)
 class Ranked:
     """Remembered losses in ascending order with the base mass up to each, for top shares of new ones."""
 
     ordered: Tensor  # (m,) ascending, -inf on empty slots
     mass: Tensor  # (m + 1,) mass of the first 0 .. m of them
+    total: Tensor  # (1,)
 
     @classmethod
     def of(cls, losses: Tensor, weight: Tensor) -> Ranked:
-        ordered, order = torch.where(weight > 0, losses, -torch.inf).sort()
-        mass = cumsum(torch.where(weight > 0, weight, 0.0)[order])
-        return cls(ordered, torch.cat((mass.new_zeros(1), mass)))
+        if all_equal(weight):
+            ordered = losses.sort().values
+            counts = torch.arange(len(weight) + 1, dtype=weight.dtype, device=weight.device)
+            mass = counts.mul_(weight[0])
+        else:
+            ordered, order = torch.where(weight > 0, losses, -torch.inf).sort()
+            mass = pad(cumsum(torch.where(weight > 0, weight, 0.0)[order]), (1, 0))
+        return cls(ordered, mass, mass[-1:])
 
-    def top_share(self, losses: Tensor, weight: Tensor | float, mass: Tensor | float) -> Tensor:
-        """How much of each new loss, of base weight `weight`, lies in the top `mass` once it has joined."""
-        upto = self.mass[torch.searchsorted(self.ordered, losses, right=True)]
-        below = self.mass[torch.searchsorted(self.ordered, losses)]
-        total = self.mass[-1]
-        tied = upto - below + weight
-        taken = mass * (total + weight) - (total - upto)
-        return taken.clamp_min(0.0).minimum(tied) / tied
+    def place(self, losses: Tensor, weight: Tensor | float) -> Place:
+        upto = self.mass.take(torch.searchsorted(self.ordered, losses, right=True))
+        below = self.mass.take(torch.searchsorted(self.ordered, losses))
+        return Place(self.total + weight, self.total - upto, upto - below + weight)

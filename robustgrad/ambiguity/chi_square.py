@@ -72,7 +72,7 @@ class ChiSquare(AmbiguitySet):
         return line(drop, base, Limit(self.radius or 0.0, self.penalty and self.penalty / unit))
 
     def fit(self, losses: Tensor, weight: Tensor, *, unit: Tensor | float, step_size: Tensor) -> LineRule:
-        problem = Problem.unchecked(losses, weight)
+        problem = Problem.remembered(losses, weight)
         drop, scale = self._scaled(problem)
         return LineRule(self._line(drop, scale * unit, problem.base), problem.top, scale)
 

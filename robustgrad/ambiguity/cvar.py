@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from .. import _checks
@@ -52,8 +51,7 @@ class CVaR(AmbiguitySet):
         return quantile(problem, self.alpha)
 
     def fit(self, losses: Tensor, weight: Tensor, *, unit: Tensor | float, step_size: Tensor) -> TopRule:
-        alpha = torch.full((), self.alpha, dtype=losses.dtype, device=losses.device)
-        return TopRule(Ranked.of(losses, weight), torch.zeros_like(alpha), 1 / alpha, alpha)
+        return TopRule.of(Ranked.of(losses, weight), [self.alpha], [1 / self.alpha])
 
     def _divergence(self, ratio: Tensor) -> Tensor:
         # A constant, so that its mean under any base is the maximum itself.

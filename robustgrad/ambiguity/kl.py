@@ -81,7 +81,7 @@ class KL(AmbiguitySet):
         return inverse_temperature(drop, problem, self.radius) if self.radius else 0.0
 
     def fit(self, losses: Tensor, weight: Tensor, *, unit: Tensor | float, step_size: Tensor) -> TiltRule:
-        problem = Problem.unchecked(losses, weight)
+        problem = Problem.remembered(losses, weight)
         drop, scale = self._scaled(problem)
         theta = self._theta(drop, scale * unit, problem)
         return TiltRule(theta, problem.expect(exp(theta * drop)), problem.top, scale)
