@@ -16,6 +16,7 @@ _LONG = 1024  # losses in a row from which on a CPU takes the rows one by one ra
 _PASSES = 24  # of elimination; ordinary losses need about 6
 _SAMPLED = 16  # a sample of one in so many tells where to begin
 
+_SLACK = 1e-12  # beyond the rounding of sums over millions
 _EPS, _TINY = torch.finfo(torch.float64).eps, torch.finfo(torch.float64).tiny
 
 
@@ -58,7 +59,7 @@ def line(drop: Tensor, base: Tensor | None, limit: Limit) -> Line:
     rows = drop.reshape(-1, n)
     bases = [None] * len(rows) if base is None else base.reshape(-1, n)
     lines = [_eliminate(row, of_row, limit) for row, of_row in zip(rows, bases, strict=True)]
-    return Line(*drop.new_tensor(lines).reshape(*drop.shape[:-1], 3).split(1, -1))
+    return Line(*torch.split(drop.new_tensor(lines).reshape(*drop.shape[:-1], 3), 1, -1))
 
 
 class _Prefixes(NamedTuple):
@@ -129,43 +130,65 @@ def _last(active: Tensor, *sums: Tensor) -> list[Tensor]:
 def _eliminate(drop: Tensor, base: Tensor | None, limit: Limit) -> Line:
     """One row on the CPU, without a sort (Michelot): discard what lies below the threshold of the remaining
     losses' own line, until nothing does. That threshold only ever rises towards the right one."""
-    n = len(drop)
-    keep, away = torch.ones_like(drop), torch.empty_like(drop)
-    weight = keep if base is None else torch.empty_like(drop)
-    edge, count = -math.inf, n
-    if n >= _SAMPLED * _LONG:
-        edge = _edge_of_sample(drop, base, limit)
-        count = torch.gt(drop, edge, out=keep).sum().item()
+    powers, keep = _powers(drop, base, limit), torch.empty_like(drop)
+    edge = _edge_of_sample(drop, base, limit) if len(drop) >= _SAMPLED * _LONG else -math.inf
+    before: list[float] = []
     for trial in range(_PASSES):
-        if base is not None:
-            torch.mul(base, keep, out=weight)
-        total = count if base is None else weight.sum().item()
-        if not total > 0.0:
-            break
-        mass, mean = (total / n if base is None else total), torch.dot(weight, drop).item() / total
-        if limit.penalty is not None:
-            slope, budget = 1 / float(limit.penalty), 1.0
-        else:
-            torch.sub(drop, mean, out=away)
-            variance = torch.dot(weight, away.square_()).item() / total
-            rest = (n - count) / n if base is None else torch.sub(base, weight, out=away).sum().item()
-            budget = 2 * limit.radius * mass - rest
-            slope = math.sqrt(max(budget, _EPS**2) / max(mass**2 * variance, _TINY**0.5))
-        # A margin for the rounding of the mean; the maximum always stays.
-        zero = min(mean - 1 / (mass * slope) - 64 * _EPS * abs(mean), -_TINY)
-        too_few = trial == 0 and (zero < edge or budget < 0.0)
-        edge = -math.inf if too_few else max(zero, edge)
-        before, count = count, torch.gt(drop, edge, out=keep).sum().item()
-        if count != before:
+        moments = torch.mv(powers, torch.gt(drop, edge, out=keep)).tolist()
+        if not moments[0] > 0.0:
+            break  # a row without an answer
+        if moments != before:
+            zero = _zero(moments, len(drop) if base is None else 1, limit)
+            too_few = trial == 0 and zero < edge  # The sample began too high.
+            edge = -math.inf if too_few else max(edge, min(zero, -_TINY))
+            before = moments
             continue
-        least = away.copy_(drop).mul_(keep).amin().item()
-        fall = torch.dot(weight, torch.sub(least, drop, out=away)).item() / total * mass
-        # What is active is decided as in the scan, without cancellation.
-        if fall * slope + 1 > 32 * _EPS:
-            return Line(least, slope, (fall * slope + 1) / mass)
-        edge = least
-        count = torch.gt(drop, edge, out=keep).sum().item()
-    return Line(*(part.item() for part in _scan(drop, base, limit)))
+        found = _line_of(drop, base, keep, limit)
+        if found.height > 0.0:
+            return found
+        edge = float(found.least)
+    return Line(*(float(part) for part in _scan(drop, base, limit)))
+
+
+def _powers(drop: Tensor, base: Tensor | None, limit: Limit) -> Tensor:
+    """(2 or 3, n): the weights, times 1, drop and, for a ball, drop^2."""
+    ones = torch.ones_like(drop)
+    powers = torch.stack((ones, drop) if limit.penalty is not None else (ones, drop, drop * drop))
+    return powers if base is None else powers.mul_(base)
+
+
+def _zero(moments: list[float], n: int, limit: Limit) -> float:
+    """Where the line of losses with these sums reaches 0, or a little below, so that rounding discards none."""
+    total, first = moments[:2]
+    mass, mean = total / n, first / total
+    if limit.penalty is not None:
+        return mean - float(limit.penalty) / mass + _SLACK * mean
+    second = moments[2] / total
+    budget = 2 * limit.radius * mass * (1 - _SLACK) - (1 - mass) - _SLACK
+    variance = max(second - mean * mean, 0.0) + _SLACK * second
+    return mean - math.sqrt(variance / budget) if budget > 0.0 else -math.inf
+
+
+def _line_of(drop: Tensor, base: Tensor | None, keep: Tensor, limit: Limit) -> Line:
+    """The line of the kept losses, without cancellation; of height 0 if the smallest is not active."""
+    weight, total = (keep, keep.sum().item()) if base is None else (base * keep, 0.0)
+    if base is None:
+        mass, rest, share = total / len(drop), (len(drop) - total) / len(drop), 1 / len(drop)
+    else:
+        mass, rest, share = weight.sum().item(), (base - weight).sum().item(), 1.0
+    least = (drop * keep).amin().item()
+    rise = drop - least
+    mean = torch.dot(weight, rise).item() * share
+    if limit.penalty is not None:
+        slope = 1 / float(limit.penalty)
+    else:
+        spread = mass * torch.dot(weight, rise.sub_(mean / mass).square_()).item() * share
+        budget = 2 * limit.radius * mass - rest
+        # Saturated means spread 0: then the slope must be steep whatever is left of the budget.
+        slope = math.sqrt(max(budget, _EPS**2) / max(spread, _TINY**0.5))
+    height = 1 - mean * slope
+    # What is active is decided as in the scan.
+    return Line(least, slope, height / mass if height > 32 * _EPS else 0.0)
 
 
 def _edge_of_sample(drop: Tensor, base: Tensor | None, limit: Limit) -> float:

@@ -65,12 +65,12 @@ class Problem(NamedTuple):
     @classmethod
     def unchecked(cls, losses: Tensor, base: Tensor | None = None, mask: Tensor | None = None) -> Problem:
         given = losses.detach()
-        wide = given.to(wide_dtype(given.device))
+        wide = given.to(wide_dtype(given.device), copy=True)
         share, valid, bad_base = _distribution(wide, base, mask)
         if valid is not None:
             wide = torch.where(valid, wide, -torch.inf)
         # One pass for both ends: +inf is as bad as NaN, and both survive amax.
-        wide = wide.nan_to_num(torch.nan, torch.nan, _lowest(given.dtype, wide.dtype))
+        wide = wide.nan_to_num_(torch.nan, torch.nan, _lowest(given.dtype, wide.dtype))
         top = wide.amax(-1, keepdim=True)
         return cls(given, wide, share, valid, top if bad_base is None else torch.where(bad_base, torch.nan, top))
 

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ._problem import Problem, all_equal
+from ._problem import Problem, all_equal, readable
+
+_LONG = 2**16  # losses in a row from which on the selection is confined to a part of them
+_SAMPLE = 2**12
 
 
 def cumsum(values: Tensor) -> Tensor:
@@ -41,9 +44,32 @@ def quantile(problem: Problem, mass: float) -> Tensor:
     # The plain ceiling is exact: where rounding lands one entry off, its share comes out as 0 or 1.
     k = min(max(math.ceil(mass * n), 1), n)
     if losses.is_cpu:
-        return losses.kthvalue(n - k + 1, -1, keepdim=True).values
+        return _kth(losses, n - k + 1)
     # On CUDA kthvalue is refused in deterministic mode, and a sort costs no more.
     return losses.sort(-1, descending=True).values[..., k - 1 : k]
+
+
+def _kth(losses: Tensor, k: int) -> Tensor:
+    """The k-th smallest of each row, (..., 1)."""
+    inside, below = (losses, 0) if losses.dim() > 1 or len(losses) < _LONG else _around(losses, k)
+    return inside.kthvalue(k - below, -1, keepdim=True).values
+
+
+def _around(losses: Tensor, k: int) -> tuple[Tensor, int]:
+    """Part of a long row that holds its k-th smallest, and how many lie below that part; all if that fails.
+
+    A sample tells between which two losses to look, so the selection reads few of them more than once.
+    """
+    if not readable(losses):
+        return losses, 0
+    some = losses[:: len(losses) // _SAMPLE].sort().values
+    place, slack = k / len(losses) * len(some), 4 * math.isqrt(len(some))
+    low, high = int(place) - slack, int(place) + slack
+    lowest = some[low].item() if low >= 0 else -math.inf
+    highest = some[high].item() if high < len(some) else math.inf
+    inside = losses.masked_select((losses >= lowest) & (losses <= highest))
+    below = int((losses < lowest).sum())
+    return (inside, below) if below < k <= below + len(inside) else (losses, 0)
 
 
 def top_share(problem: Problem, mass: float) -> Tensor:
@@ -52,9 +78,10 @@ def top_share(problem: Problem, mass: float) -> Tensor:
     1 above the quantile, 0 below, and equal for the ties on it; the mean under the base is `mass`.
     """
     edge = quantile(problem, mass)
-    above, tied = problem.losses > edge, problem.losses == edge
-    boundary = ((mass - problem.mass(above)) / problem.mass(tied)).clamp(0.0, 1.0) + problem.poison
-    return above + tied * boundary
+    # In the losses' own type: sums and products of booleans cost twice as much.
+    above, tied = problem.losses.clone().gt_(edge), problem.losses.clone().eq_(edge)
+    boundary = ((mass - problem.expect(above)) / problem.expect(tied)).clamp_(0.0, 1.0)
+    return above.addcmul_(tied, boundary.add_(problem.poison))
 
 
 class Place(NamedTuple):

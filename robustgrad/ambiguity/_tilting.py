@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._problem import ABYSS, Problem, readable
+from ._problem import Problem, readable
 
 _GRID_SIZE = 2**11  # numbers tried at once while the bracket is narrowed; torch computes as many in one thread
 _NEWTON_STEPS = 5  # from a bracket that was narrowed
@@ -71,7 +71,7 @@ def _newton(curve: _Curve, goal: Tensor, low: Tensor, high: Tensor, u: Tensor, l
 def _newton_of_one(curve: _Curve) -> float:
     """The same with Python's numbers, which for one row are much cheaper than tensors of one entry."""
     if not curve.radius < curve.entropy:
-        return curve.entropy + _TINY**-0.5
+        return float(curve.entropy + _TINY**-0.5)
     left = curve.entropy - curve.radius
     goal = math.log(curve.radius) - math.log(left)
     low, high, u = curve.bracket(left)
@@ -112,7 +112,7 @@ class _Curve:
     drop: Tensor  # (..., n), 0 on excluded entries
     powers: Tensor  # (..., 3, n): base mass of what is below the maximum, times 1, drop, drop^2
     best_mass: Any
-    entropy: Any  # the divergence of all mass on the maximum
+    entropy: Any
     depth: Any  # mean distance below the maximum
     square: Any  # mean squared distance
     span: Any
@@ -125,17 +125,12 @@ class _Curve:
         best = drop == 0.0
         powers = torch.stack((drop.sign().neg_(), drop, drop * drop), -2)
         powers.mul_(1 / drop.shape[-1] if problem.base is None else problem.base.unsqueeze(-2))
-        lowest = drop.amin(-1, keepdim=True)
-        second = drop.masked_fill(best, -torch.inf).amax(-1, keepdim=True)
-        sums, mass = powers.sum(-1), problem.mass(best)
-        if drop.dim() == 1 and readable(drop):
-            (_, mean, square), lowest, second, mass = sums.tolist(), lowest.item(), second.item(), mass.item()
-            # A row without an answer has no maximum.
-            entropy = -math.log(mass) if mass > 0.0 else math.nan
-        else:
-            _, mean, square = _split(sums)
-            entropy = -mass.log()
-        return cls(problem, radius, drop, powers, mass, entropy, -mean, square, -lowest, -second)
+        ends = drop.amin(-1, keepdim=True), drop.masked_fill(best, -torch.inf).amax(-1, keepdim=True)
+        sums, rest = powers.sum(-1), (*ends, problem.mass(best))
+        one = drop.dim() == 1 and readable(drop)
+        _, mean, square = sums.tolist() if one else _split(sums)
+        lowest, second, mass = (number.item() for number in rest) if one else rest
+        return cls(problem, radius, drop, powers, mass, _entropy(mass), -mean, square, -lowest, -second)
 
     def bracket(self, left: Any) -> tuple[Any, Any, Any]:
         """log theta, from Var <= range^2 / 4 and from what the two largest values alone would need; and a
@@ -157,10 +152,7 @@ class _Curve:
         others, first, second = self._moments(exp(y))
         peak = m.exp(rise)
         normaliser = peak * self.best_mass + others
-        if self.radius < _TIGHT:
-            log_normaliser = m.log1p(self._growth(y))
-        else:
-            log_normaliser = m.log(normaliser)
+        log_normaliser = m.log1p(self._growth(y)) if self.radius < _TIGHT else m.log(normaliser)
         fall = theta * first / normaliser
         divergence = _at_least(fall + rise - log_normaliser, small)
         # What is left up to saturation, as a sum of positive terms.
@@ -179,9 +171,16 @@ class _Curve:
         return growth.item() if isinstance(self.depth, float) else growth
 
 
+def _entropy(best_mass: Any) -> Any:
+    """The divergence of all mass on the maximum; a row without an answer has no maximum."""
+    if isinstance(best_mass, Tensor):
+        return -best_mass.log()
+    return -math.log(best_mass) if best_mass > 0.0 else math.nan
+
+
 def _split(numbers: Tensor) -> Any:
     """(..., k) as k tensors (..., 1)."""
-    return torch.split(numbers, 1, -1)  # type: ignore[no-untyped-call]
+    return torch.split(numbers, 1, -1)
 
 
 def _functions(number: Any) -> Any:

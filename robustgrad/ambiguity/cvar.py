@@ -45,7 +45,7 @@ class CVaR(AmbiguitySet):
     def _worst_case(self, problem: Problem) -> Tensor:
         if self.alpha == 1:
             return problem.plain()
-        return top_share(problem, self.alpha) / self.alpha
+        return top_share(problem, self.alpha).div_(self.alpha)
 
     def _threshold(self, problem: Problem) -> Tensor:
         return quantile(problem, self.alpha)

@@ -78,15 +78,17 @@ class TotalVariation(AmbiguitySet):
             return self._penalised(problem)
         if self.radius == 0:
             return problem.plain()
-        kept = top_share(problem, 1 - self._moved())
+        kept, moved = top_share(problem, 1 - self._moved()), self._moved()
         if self.cap is None:
-            best = problem.losses == problem.top
-            return kept + best * (self._moved() / problem.mass(best))
-        return kept + (self.cap - 1) * top_share(problem, self._moved() / (self.cap - 1))
+            best = problem.losses.clone().eq_(problem.top)
+            return kept.addcmul_(best, problem.expect(best).reciprocal_(), value=moved)
+        return kept.add_(top_share(problem, moved / (self.cap - 1)), alpha=self.cap - 1)
 
     def _penalised(self, problem: Problem) -> Tensor:
-        kept, best = problem.losses >= problem.top - self._price(), problem.losses == problem.top
-        return kept + best * (problem.mass(~kept) / problem.mass(best) + problem.poison)
+        losses, edge = problem.losses, problem.top - self._price()
+        kept, gone, best = losses.clone().ge_(edge), losses.clone().lt_(edge), losses.clone().eq_(problem.top)
+        received = (problem.expect(gone) / problem.expect(best)).add_(problem.poison)
+        return kept.addcmul_(best, received)
 
     def _threshold(self, problem: Problem) -> Tensor:
         return quantile(problem, 1 - self._moved()) if self.penalty is None else problem.top - self.penalty
