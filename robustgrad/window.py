@@ -68,6 +68,9 @@ class WindowPool(Pool):
         # Finite in the survey, where no mask was drawn, is not yet finite now.
         return torch.where(samples.bad, torch.nan, surveyed.ratio)
 
+    def _overdue(self) -> bool:
+        return False  # the next survey begins a step
+
     def _competing(self) -> WorstCase:
         together = self._everything()
         return self.ambiguity.solve_unchecked(together.grouped(), together.weight)
