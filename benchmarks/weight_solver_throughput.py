@@ -11,19 +11,15 @@ from __future__ import annotations
 
 import argparse
 import csv
-import os
-import platform
-import subprocess
 import sys
-import time
 import weakref
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
+from measuring import interleaved, machine
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -83,29 +79,6 @@ def peak_memory(solve: Callable[[], object], device: str) -> int:
     return memory.peak
 
 
-def seconds(run: Callable[[], object], times: int, device: str) -> float:
-    """Mean time of one of `times` calls in a row."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(times):
-        run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) / times
-
-
-def interleaved(runs: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, float]:
-    """Median microseconds per call. Every contestant runs in every round, so a disturbance hits them alike."""
-    once = {name: min(seconds(run, 1, device) for _ in range(3)) for name, run in runs.items()}
-    times = {name: max(1, min(200, int(0.01 / spent))) for name, spent in once.items()}
-    kept: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            kept[name].append(seconds(run, times[name], device))
-    return {name: 1e6 * median(values) for name, values in kept.items()}
-
-
 def measure(ambiguity: AmbiguitySet, rows: int, n: int, rounds: int, device: str) -> Row:
     generator = torch.Generator().manual_seed(n)
     losses = torch.nn.functional.softplus(torch.randn(rows, n, generator=generator)).to(device)
@@ -155,22 +128,6 @@ def attempt(program: Callable[[Tensor], Tensor], losses: Tensor) -> Tensor | Non
         return program(losses)
     except SolverError:
         return None
-
-
-def machine(device: str) -> Row:
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
-    here = Path(__file__).parent
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=here)
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "cpu": names[0].split(":")[1].strip() if names else platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip() or "unknown",
-    }
 
 
 def show(rows: list[Row], about: Row) -> None:

@@ -1,0 +1,53 @@
+"""What the benchmarks share: interleaved timing, and on which machine it was."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+
+def seconds(run: Callable[[], object], times: int, device: str) -> float:
+    """Mean time of one of `times` calls in a row."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(times):
+        run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / times
+
+
+def interleaved(runs: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, float]:
+    """Median microseconds per call. Every contestant runs in every round, so a disturbance hits them alike."""
+    once = {name: min(seconds(run, 1, device) for _ in range(3)) for name, run in runs.items()}
+    times = {name: max(1, min(200, int(0.01 / spent))) for name, spent in once.items()}
+    kept: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            kept[name].append(seconds(run, times[name], device))
+    return {name: 1e6 * median(values) for name, values in kept.items()}
+
+
+def machine(device: str) -> dict[str, Any]:
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
+    here = Path(__file__).parent
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=here)
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "cpu": names[0].split(":")[1].strip() if names else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit.stdout.strip() or "unknown",
+    }
