@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved timing, the machine it was taken on, tables and CSV files."""
+"""What the benchmarks share: interleaved timing, on which machine it was, tables and CSV files."""
 
 from __future__ import annotations
 

@@ -124,18 +124,18 @@ def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def memory_size(memory: int | None, pool: str) -> None:
-    if memory is None or (type(memory) is int and memory == 0):
+    if memory is None or (type(memory) is int and memory == 0 and pool != "window"):
         return
     if type(memory) is not int or memory < 64:
         raise ValueError(
             f"memory must be 0 or an integer of at least 64, got {memory!r}. Leave it out for the set's own size."
         )
-    if pool == "batch":
-        raise ValueError(f'memory must be left out with pool="batch", got {memory}. Use pool="memory".')
+    if pool != "memory":
+        raise ValueError(f'memory must be left out with pool="{pool}", got {memory}. Use pool="memory".')
 
 
-def reweightable(losses: Tensor, *, hooked: bool) -> None:
-    """One loss per sample, on the way to a gradient, and not reweighted before."""
+def reweightable(losses: Tensor, *, hooked: bool, by_token: bool, with_gradient: bool, may_be_empty: bool) -> None:
+    """One loss per sample (or token), on the way to a gradient, and not reweighted before."""
     floating("losses", losses, "Losses are real numbers with a gradient.")
     shape = tuple(losses.shape)
     if losses.dim() == 0:
@@ -143,17 +143,22 @@ def reweightable(losses: Tensor, *, hooked: bool) -> None:
             "losses must have shape (n,), one loss per sample, got a scalar (). Call before the reduction "
             '(reduction="none"), or pass loss.reshape(1) if this is the loss of one single sample.'
         )
-    if losses.dim() > 2 or (losses.dim() == 2 and losses.shape[1] != 1):
+    if not by_token and (losses.dim() > 2 or (losses.dim() == 2 and losses.shape[1] != 1)):
         trap = losses.dim() == 2 and losses.shape[0] == losses.shape[1]
         why = (
             "(n,) against (n, 1) broadcasts to (n, n): squeeze one of them first"
             if trap
-            else ("Reduce to one loss per sample, or pass losses.flatten() if each entry is one")
+            else (
+                "Reduce to one loss per sample, pass losses.flatten() if each entry is one, or say with units= "
+                "what shares a ratio"
+            )
         )
         raise ValueError(f"losses must have shape (n,) or (n, 1), got {shape}. {why}.")
+    if losses.numel() == 0 and may_be_empty:
+        return
     if losses.numel() == 0:
         raise ValueError(f"losses must have at least one entry, got shape {shape}. Skip the call for an empty batch.")
-    if not losses.requires_grad:
+    if with_gradient and not losses.requires_grad:
         raise ValueError(
             "losses must have a gradient, got requires_grad=False: detached, computed under no_grad, or of a "
             "frozen model. Pass the tensor that backward() will reach."
@@ -165,15 +170,38 @@ def reweightable(losses: Tensor, *, hooked: bool) -> None:
         )
 
 
-def single_process() -> None:
-    """Ranks that each solved alone would follow a gradient that is no worst case at all."""
-    import torch.distributed as dist
+def raise_nonfinite(bad: Tensor) -> None:
+    where = bad.nonzero().flatten().tolist()
+    found = f"NaN or +inf at {where} of {len(bad)} samples" if where else "NaN or +inf on another rank"
+    raise FloatingPointError(
+        f'losses must be finite, got {found}. Find their cause, mask them, or use on_nonfinite="propagate".'
+    )
 
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        raise NotImplementedError(
-            f"the number of ranks must be 1, got {dist.get_world_size()}: losses are not "
-            "gathered over ranks yet, and rank-local weights are wrong. Train in one process."
+
+def token_units(losses: Tensor, units: object, scores: Tensor | None, groups: Tensor | None) -> None:
+    """What `units=` says fits losses by token."""
+    if losses.dim() != 2:
+        raise ValueError(
+            f"losses must have shape (b, t) with units=, got {tuple(losses.shape)}. Leave units out for one loss "
+            "per sample."
         )
+    if isinstance(units, Tensor):
+        if units.shape != losses.shape:
+            raise ValueError(
+                f"units must have the shape of losses {tuple(losses.shape)}, got {tuple(units.shape)}. "
+                "Give each token the id of its span."
+            )
+        integer_ids(units, losses)
+    elif units not in ("token", "sequence"):
+        raise ValueError(f"units must be 'token', 'sequence' or a tensor of span ids, got {units!r}. Use 'sequence'.")
+    if units_are_sequences := isinstance(units, str) and units == "sequence":
+        rows = losses.detach()[:, 0] if losses.shape[1] else losses.detach().sum(-1)
+        if groups is not None:
+            integer_ids(groups, rows)
+        if scores is not None and scores.shape != losses.shape:
+            fits("scores", scores, rows)
+    if groups is not None and not units_are_sequences:
+        raise ValueError("groups must come with units='sequence', got other units. Give the spans as units= instead.")
 
 
 def same_configuration(state: dict[str, object], version: int, configuration: dict[str, object]) -> None:

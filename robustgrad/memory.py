@@ -11,7 +11,9 @@ from torch import Tensor
 from ._units import Units
 from .ambiguity import AmbiguitySet, Rule, WorstCase
 from .ambiguity._problem import Problem
-from .pool import Pool, Samples
+from .distributed import Ranks
+from .pool import Pool
+from .samples import Samples
 
 ENOUGH = 64  # remembered losses; fewer carry no rule
 
@@ -67,32 +69,55 @@ class _Memory:
 
 
 class MemoryPool(Pool):
-    """Each loss competes with the last few hundred.
+    """Each loss competes with the last few hundred, of all ranks.
 
     The remembered losses are fitted once per optimizer step as a rule, and each new loss gets its ratio
     from the rule. Memory, units and rule change only between steps, all at once and symmetrically in the
-    step's samples, so that no cut of a step into calls can matter. Below 64 remembered losses there is no
-    rule: a call of at least 64 samples is solved on itself, a smaller one gets ratio 1.
+    step's samples, so that no cut of a step into calls or ranks can matter. Below 64 remembered losses there
+    is no rule: a call of at least 64 samples is solved on itself where there is one rank, any other gets
+    ratio 1.
+
+    The ranks exchange the losses of a step once, when its end is marked; before the first mark, in each call.
 
     Args:
         memory: how many losses to remember; None chooses by the set and the samples per step.
     """
 
-    def __init__(self, ambiguity: AmbiguitySet, memory: int | None = None) -> None:
-        super().__init__(ambiguity)
+    def __init__(self, ambiguity: AmbiguitySet, ranks: Ranks, memory: int | None = None) -> None:
+        super().__init__(ambiguity, ranks)
         self._size_asked = memory
         self._step_size = 0
         self._memory: _Memory | None = None
+        self._exchanged = 0  # of the entries in `_step`, those that stem from all ranks already
 
     def check(self, samples: Samples) -> None:
         remembered = None if self._memory is None else self._memory.samples
-        earlier = self._step[-1] if self._step else remembered
-        if earlier is not None and (earlier.groups is None) != (samples.groups is None):
+        earlier = self._latest if self._waiting() else remembered
+        if earlier is not None and len(samples.scores) and (earlier.groups is None) != (samples.groups is None):
             given, before = ("given", "left out") if earlier.groups is None else ("left out", "given")
             raise ValueError(
                 f"groups must be given in every call or in none while losses are remembered, got groups {given} "
                 f"after calls with groups {before}. Use a Reweighter of its own for each kind of call."
             )
+
+    def mark(self) -> None:
+        ended = not self._marked
+        super().mark()
+        # Now rather than at the next call: what a checkpoint holds after a step is the same on every rank.
+        if ended and self._marked:
+            self._exchange()
+
+    def _record(self, samples: Samples) -> None:
+        super()._record(samples)
+        if not self.expects_steps:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        if self.ranks.group is None:
+            return
+        together, _ = self.ranks.gather(Samples.join(self._step[self._exchanged :]))
+        self._step[self._exchanged :] = [together]
+        self._exchanged = len(self._step)
 
     def _capacity(self) -> int:
         return self._size_asked or self.ambiguity.memory_size(self._step_size)
@@ -101,7 +126,10 @@ class MemoryPool(Pool):
         return self._waiting() >= self._capacity() // 4
 
     def _finish_step(self) -> None:
-        step = Samples.join(self._step).counted()
+        step = Samples.join(self._step)._replace(ratio=None).counted()
+        self._exchanged = 0
+        if len(step.scores) == 0:
+            return
         self._step_size = len(step.scores)
         units = Units.new(step.scores) if self._memory is None else self._memory.units
         units = units.updated(step.scores, step.weights)
@@ -124,22 +152,23 @@ class MemoryPool(Pool):
         return torch.where(weights == 0, 0.0, torch.where(sound, ratio, torch.nan))
 
     def _on_itself(self, scores: Tensor, weight: Tensor | None) -> Tensor:
-        if len(scores) < ENOUGH:
+        if len(scores) < ENOUGH or self.ranks.group is not None:
             return torch.ones_like(scores)
         return self.ambiguity.solve_unchecked(scores, weight).wide_ratio
 
     def _competing(self) -> WorstCase:
         if self._memory is not None:
             return self._memory.worst_case(self.ambiguity)
-        last = self._step[-1].counted()
+        last = self._latest
         return self.ambiguity.solve_unchecked(last.grouped(), last.weight)
 
     def _size(self) -> Tensor:
-        pool = self._step[-1].counted() if self._memory is None else self._memory.samples
+        pool = self._latest if self._memory is None else self._memory.samples
         return (pool.weights > 0).sum()
 
     def _plain(self) -> Tensor:
-        alone = torch.tensor(len(self._step[-1].scores) < ENOUGH, device=self._device)
+        small = len(self._latest.scores) < ENOUGH or self.ranks.group is not None
+        alone = torch.tensor(small, device=self._device)
         return alone if self._memory is None else alone & ~self._memory.filled
 
     def _move(self, device: torch.device) -> None:
@@ -161,4 +190,5 @@ class MemoryPool(Pool):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self._step_size = state["step_size"]
+        self._exchanged = len(self._step) if self._marked or not self.expects_steps else 0
         self._memory = None if state["memory"] is None else self._restored(state["memory"])

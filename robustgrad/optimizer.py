@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .ambiguity import AmbiguitySet
-from .reweighter import Reweighter
+from .reweighter import Batch, Reweighter
+from .token_units import Unit
 
 _HOOK_KINDS = tuple(
     f"_optimizer_{what}_{when}_hooks" for what in ("step", "state_dict", "load_state_dict") for when in ("pre", "post")
@@ -29,7 +31,7 @@ class RobustOptimizer(torch.optim.Optimizer):
     Args:
         optimizer: the instance to wrap; it stays reachable as `.optimizer`.
         ambiguity: the set, e.g. `TotalVariation(0.1)`.
-        options: those of `Reweighter`: `pool`, `memory`, `on_nonfinite`.
+        options: those of `Reweighter`: `pool`, `memory`, `process_group`, `survey`, `on_nonfinite`.
     Raises: TypeError: `optimizer` is not an optimizer instance, or wrapped already.
 
     Example:
@@ -64,9 +66,16 @@ class RobustOptimizer(torch.optim.Optimizer):
         groups: Tensor | None = None,
         base: Tensor | None = None,
         mask: Tensor | None = None,
+        units: Unit | None = None,
     ) -> Tensor:
         """Attach the worst case to per-sample losses; returns the same tensor. See `Reweighter.__call__`."""
-        return self.reweighter(losses, scores=scores, groups=groups, base=base, mask=mask)
+        return self.reweighter(losses, scores=scores, groups=groups, base=base, mask=mask, units=units)
+
+    def window(
+        self, loss_fn: Callable[[Batch], Tensor], batches: Iterable[Batch], *, model: torch.nn.Module
+    ) -> Iterator[Tensor]:
+        """The losses of all micro-batches of a step, reweighted exactly over them. See `Reweighter.window`."""
+        return self.reweighter.window(loss_fn, batches, model=model)
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped optimizer's step, with its arguments and return value; marks the end of a robust step."""

@@ -5,59 +5,16 @@ from __future__ import annotations
 import math
 import warnings
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from .ambiguity import AmbiguitySet, WorstCase, group_means
+from .ambiguity import AmbiguitySet, WorstCase
+from .distributed import Ranks
+from .samples import Samples
 
 _FORGOTTEN = 2**15  # losses waiting for an optimizer step that does not come
-
-
-class Samples(NamedTuple):
-    """Samples of one call or many, detached.
-
-    `scores` (n,) float64, what the adversary maximises; `weight` (n,) base weights, 0 where masked, or None
-    where all are equal; `groups` (n,) integer ids or None.
-    """
-
-    scores: Tensor
-    weight: Tensor | None = None
-    groups: Tensor | None = None
-
-    @property
-    def weights(self) -> Tensor:
-        return torch.ones_like(self.scores) if self.weight is None else self.weight
-
-    def counted(self) -> Samples:
-        """Finite samples as they are, the others with score and weight 0."""
-        weights = self.weights
-        sound = torch.isfinite(self.scores) & torch.isfinite(weights) & (weights > 0)
-        return Samples(torch.where(sound, self.scores, 0.0), torch.where(sound, weights, 0.0), self.groups)
-
-    def grouped(self) -> Tensor:
-        """Scores, replaced by the mean of each sample's group where there are groups."""
-        return self.scores if self.groups is None else group_means(self.scores, self.groups, self.weight)
-
-    def at(self, index: Tensor) -> Samples:
-        return Samples(**{name: tensor[index] for name, tensor in self.state_dict().items()})
-
-    def to(self, device: torch.device) -> Samples:
-        return Samples(**{name: tensor.to(device) for name, tensor in self.state_dict().items()})
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {name: tensor for name, tensor in self._asdict().items() if tensor is not None}
-
-    @staticmethod
-    def join(parts: list[Samples]) -> Samples:
-        equal = all(part.weight is None for part in parts)
-        groups = [part.groups for part in parts if part.groups is not None]
-        return Samples(
-            torch.cat([part.scores for part in parts]),
-            None if equal else torch.cat([part.weights for part in parts]),
-            torch.cat(groups) if groups else None,
-        )
 
 
 class Pool(ABC):
@@ -67,12 +24,11 @@ class Pool(ABC):
     than once, and whatever is asked in between is about the step that has just ended.
     """
 
-    def __init__(self, ambiguity: AmbiguitySet) -> None:
-        self.ambiguity = ambiguity
+    def __init__(self, ambiguity: AmbiguitySet, ranks: Ranks) -> None:
+        self.ambiguity, self.ranks = ambiguity, ranks
         self.expects_steps = False
         self._marked = False
         self._step: list[Samples] = []
-        self._ratios: list[Tensor] = []
 
     def mark(self) -> None:
         self.expects_steps = True
@@ -85,10 +41,9 @@ class Pool(ABC):
             self._move(samples.scores.device)
         if self._marked or self._overdue():
             self._finish_step()
-            self._step, self._ratios, self._marked = [], [], False
+            self._step, self._marked = [], False
         ratio = self._ratio(samples)
-        self._step.append(samples)
-        self._ratios.append(ratio)
+        self._record(samples._replace(ratio=ratio))
         return ratio
 
     @property
@@ -96,13 +51,20 @@ class Pool(ABC):
         return bool(self._step)
 
     @property
+    def _latest(self) -> Samples:
+        """Of the last call that had samples."""
+        return next(samples for samples in reversed(self._step) if len(samples.scores)).counted()
+
+    @property
     def _device(self) -> torch.device:
         return self._step[-1].scores.device
+
+    def _record(self, samples: Samples) -> None:
+        self._step.append(samples)
 
     def _move(self, device: torch.device) -> None:
         """Follow the model: a checkpoint, for one, is loaded on the CPU."""
         self._step = [samples.to(device) for samples in self._step]
-        self._ratios = [ratio.to(device) for ratio in self._ratios]
 
     def check(self, samples: Samples) -> None:  # noqa: B027 - most pools take anything
         """Raise if the samples do not fit those of earlier calls."""
@@ -111,11 +73,15 @@ class Pool(ABC):
         """Whether a step ends although no mark came."""
         if not self.expects_steps:
             return self._ends_unmarked()
-        if self._waiting() < max(_FORGOTTEN, 64 * self._capacity()):
+        waiting = self._waiting()
+        if waiting < max(_FORGOTTEN, 64 * self._capacity()):
             return False
+        remedy = "Call step() of the RobustOptimizer, or reweighter.step(), after each optimizer step."
+        if self.ranks.group is not None:
+            # The others may not be there to exchange the losses with.
+            raise RuntimeError(f"an optimizer step must end, got {waiting} losses of this rank without. {remedy}")
         warnings.warn(
-            f"{self._waiting()} losses came without an optimizer step and are now taken as one step. "
-            "Call step() of the RobustOptimizer, or reweighter.step(), after each optimizer step.",
+            f"{waiting} losses came without an optimizer step and are now taken as one step. {remedy}",
             stacklevel=5,
         )
         return True
@@ -123,11 +89,21 @@ class Pool(ABC):
     def _waiting(self) -> int:
         return sum(len(samples.scores) for samples in self._step)
 
+    def _capacity(self) -> int:
+        """How many losses are remembered."""
+        return 0
+
+    def _ends_unmarked(self) -> bool:
+        return True
+
     def metrics(self) -> dict[str, Tensor]:
         """About the samples of the current step, the finite ones; see `Reweighter.metrics`."""
-        weight = Samples.join(self._step).counted().weights
-        ratio = torch.where(weight > 0, torch.cat(self._ratios), 0.0)
-        scaled, pool = weight * ratio, self._competing()
+        if not self._waiting():
+            return {}
+        step = Samples.join(self._step).counted()
+        weight, pool = step.weights, self._competing()
+        ratio = torch.where(weight > 0, cast(Tensor, step.ratio), 0.0)
+        scaled = weight * ratio
         squares = scaled.square().sum()
         return {
             "value": pool.value,
@@ -143,25 +119,16 @@ class Pool(ABC):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        waiting: dict[str, Tensor] = {}
-        if self._step:
-            waiting = Samples.join(self._step).state_dict() | {"ratio": torch.cat(self._ratios)}
+        waiting = Samples.join(self._step).state_dict() if self._step else {}
         return {"waiting": waiting, "marked": self._marked, "expects_steps": self.expects_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         waiting = {name: x.clone() for name, x in state["waiting"].items()}
-        self._ratios = [waiting.pop("ratio")] if waiting else []
         self._step = [Samples(**waiting)] if waiting else []
         self._marked, self.expects_steps = state["marked"], state["expects_steps"]
 
-    @abstractmethod
-    def _capacity(self) -> int: ...
-
-    @abstractmethod
-    def _ends_unmarked(self) -> bool: ...
-
-    @abstractmethod
-    def _finish_step(self) -> None: ...
+    def _finish_step(self) -> None:  # noqa: B027 - a pool without a memory takes nothing along
+        """Take in the samples of the step that has ended."""
 
     @abstractmethod
     def _ratio(self, samples: Samples) -> Tensor: ...
@@ -180,25 +147,20 @@ class Pool(ABC):
 
 
 class BatchPool(Pool):
-    """The samples of each call compete among themselves: the papers' literal algorithm.
+    """The samples of each call, over all ranks, compete among themselves: the papers' literal algorithm.
 
     A pool of one sample is plain averaging, and few samples saturate a set; it says so once.
     """
 
     _warned = False
-
-    def _capacity(self) -> int:
-        return 0
-
-    def _ends_unmarked(self) -> bool:
-        return True
-
-    def _finish_step(self) -> None:
-        pass
+    _together: Samples | None = None
 
     def _ratio(self, samples: Samples) -> Tensor:
-        self._warn(len(samples.scores))
-        return self.ambiguity.solve_unchecked(samples.grouped(), samples.weight).wide_ratio
+        self._together, own = self.ranks.gather(samples)
+        if len(self._together.scores) == 0:
+            return torch.empty_like(samples.scores)
+        self._warn(len(self._together.scores))
+        return self.ambiguity.solve_unchecked(self._together.grouped(), self._together.weight).wide_ratio[own]
 
     def _warn(self, n: int) -> None:
         least = self.ambiguity.saturating_size
@@ -213,12 +175,16 @@ class BatchPool(Pool):
             stacklevel=5,
         )
 
+    def _last(self) -> Samples:
+        # A checkpoint holds no more than what this rank contributed.
+        return self._latest if self._together is None else self._together.counted()
+
     def _competing(self) -> WorstCase:
-        last = self._step[-1].counted()
+        last = self._last()
         return self.ambiguity.solve_unchecked(last.grouped(), last.weight)
 
     def _size(self) -> Tensor:
-        return (self._step[-1].counted().weights > 0).sum()
+        return (self._last().weights > 0).sum()
 
     def _plain(self) -> Tensor:
         return self._size() <= 1

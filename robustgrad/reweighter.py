@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any, Literal, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import _checks
 from .ambiguity import AmbiguitySet
-from .ambiguity._problem import wide_dtype
-from .memory import MemoryPool
-from .pool import BatchPool, Pool, Samples
+from .distributed import Ranks
+from .hook import attach, attached
+from .pools import POOLS, make_pool
+from .token_units import Unit, samples_of_call
+from .window import WindowPool, survey
 
 _VERSION = 1
-_HOOKED = "_robustgrad_hooked"
+Batch = TypeVar("Batch")
 
 
 class Reweighter:
@@ -32,11 +35,18 @@ class Reweighter:
     Args:
         ambiguity: the set, e.g. `TotalVariation(0.1)`.
         pool: which losses compete. "memory": with the last few hundred, so that calls of any size, down to
-            one sample, are robust. "batch": the samples of each call, the papers' literal algorithm.
+            one sample, are robust. "window": those of one optimizer step, exactly, at the cost of a second
+            forward pass (see `window`). "batch": the samples of each call, the papers' literal algorithm.
         memory: how many losses to remember, at least 64; None chooses by the set and the samples per step.
             0 is the batch pool.
+        process_group: the ranks whose losses compete together, and whose gradients the loop averages: a
+            ProcessGroup or DeviceMesh of data-parallel ranks. None: all ranks, where there are several.
+            Every rank calls and steps equally often, with an empty call if it has no samples.
+        survey: how a window looks at its samples. "eval": in eval mode. "train": in train mode, and the
+            random numbers are drawn once more for the second pass, so that it sees the same masks.
         on_nonfinite: what a NaN or +inf loss does. "propagate": its ratio is NaN, so is its gradient, and
-            GradScaler or the clipping tool skips the step. "raise": the call raises (one device sync).
+            GradScaler or the clipping tool skips the step. "raise": the call raises, on every rank (one
+            device sync, and one exchange where there are ranks).
             Such losses never enter the memory.
     Raises: TypeError or ValueError, naming the argument, its rule, the value and the remedy.
     Source: the multiplier q_i / p_i is the envelope (Danskin) gradient; per-call weights as in
@@ -56,28 +66,27 @@ class Reweighter:
         self,
         ambiguity: AmbiguitySet,
         *,
-        pool: Literal["memory", "batch"] = "memory",
+        pool: Literal["memory", "window", "batch"] = "memory",
         memory: int | None = None,
+        process_group: Any = None,
+        survey: Literal["eval", "train"] = "eval",
         on_nonfinite: Literal["propagate", "raise"] = "propagate",
     ) -> None:
         if not isinstance(ambiguity, AmbiguitySet):
             raise TypeError(
                 f"ambiguity must be an ambiguity set, got {ambiguity!r}. Use for example TotalVariation(0.1)."
             )
-        _checks.choice("pool", pool, ("memory", "batch"))
+        _checks.choice("pool", pool, POOLS)
+        _checks.choice("survey", survey, ("eval", "train"))
         _checks.choice("on_nonfinite", on_nonfinite, ("propagate", "raise"))
         _checks.memory_size(memory, pool)
         self.ambiguity = ambiguity
         self.on_nonfinite = on_nonfinite
-        in_memory = pool == "memory" and memory != 0
-        self._pool: Pool = MemoryPool(ambiguity, memory) if in_memory else BatchPool(ambiguity)
-        self._memory = memory
+        self.pool = "batch" if memory == 0 else pool
+        self._ranks = Ranks(process_group)
+        self._pool = make_pool(self.pool, ambiguity, self._ranks, memory)
+        self._memory, self._survey = memory, survey
         self._nonfinite: Tensor | int = 0
-
-    @property
-    def pool(self) -> str:
-        """ "memory" or "batch"."""
-        return "memory" if isinstance(self._pool, MemoryPool) else "batch"
 
     @property
     def expects_steps(self) -> bool:
@@ -99,49 +108,98 @@ class Reweighter:
         groups: Tensor | None = None,
         base: Tensor | None = None,
         mask: Tensor | None = None,
+        units: Unit | None = None,
     ) -> Tensor:
         """Attach the worst case to per-sample losses; returns the same tensor.
 
         Under `torch.no_grad` (evaluation) nothing happens.
 
         Args:
-            losses: (n,) or (n, 1) floating, one loss per sample, with a gradient.
+            losses: (n,) or (n, 1) floating, one loss per sample, with a gradient; (b, t) with `units`.
+            (0,) for a rank that has no samples.
             scores: (n,) floating, what the adversary maximises when it is not the loss, higher is worse:
                 for policy optimisation minus the reward. Detached.
             groups: (n,) integer ids of domains or prompts: the worst case is over the means of groups. An id
                 means the same group in every call. Hand the samples of a group that does not come back
                 (a prompt) over in one call.
             base: (n,) >= 0, the weight that the untouched loop gives each sample, relative to other
-                samples; under the memory pool also to those of other calls. None: all equal.
+                samples: of this call and rank, and of all that it competes with. None: all equal. A loop
+                that averages calls of unequal size n_k, or ranks of unequal size, gives each 1 / n_k.
             mask: (n,) bool, True where the sample is real; masked ones get ratio 0.
+            units: for losses by token, (b, t), what shares one ratio: "token", "sequence", or spans as (b, t)
+                integer ids, equal within a span. A unit's loss is the mean of its tokens under `base`, which
+                is (b, t) like `mask`, and its weight their sum: None is the loop's mean over all tokens.
+                With "sequence" `groups` is (b,), and `scores` may be.
         Raises: ValueError or TypeError before any state changes: losses without gradient, of another shape,
             with a hook already, empty, or of integer type; other arguments that do not fit them.
             FloatingPointError: a NaN or +inf loss, where `on_nonfinite="raise"`.
+            RuntimeError: ranks that do not call together; a call that the survey of the window did not see.
         """
-        if not torch.is_grad_enabled():
+        window = self._pool if isinstance(self._pool, WindowPool) else None
+        surveying = window is not None and window.surveying
+        if not torch.is_grad_enabled() and not surveying:
             return losses
-        _checks.reweightable(losses, hooked=hasattr(losses, _HOOKED))
-        _checks.single_process()
-        samples, bad = _samples(losses, scores, groups, base, mask)
+        _checks.reweightable(
+            losses,
+            hooked=attached(losses),
+            by_token=units is not None,
+            with_gradient=not surveying,
+            may_be_empty=self._ranks.group is not None,
+        )
+        samples, of_token = samples_of_call(losses, units, scores, groups, base, mask)
+        if window is not None and window.record(samples):
+            return losses
         self._pool.check(samples)
-        if self.on_nonfinite == "raise" and bool(bad.any()):
-            where = bad.nonzero().flatten().tolist()
-            raise FloatingPointError(
-                f"losses must be finite, got NaN or +inf at {where} of {len(bad)} samples. "
-                'Find their cause, mask them, or use on_nonfinite="propagate".'
-            )
+        bad = samples.bad
+        if self.on_nonfinite == "raise" and bool(self._ranks.anywhere(bad.any())):
+            _checks.raise_nonfinite(bad)
         self._nonfinite = self._nonfinite + bad.sum()
-        self._attach(losses, self._pool.ratio(samples), mask)
+        ratio = self._pool.ratio(samples)
+        if losses.requires_grad:
+            attach(losses, ratio if of_token is None else ratio[of_token], mask)
         return losses
 
-    def _attach(self, losses: Tensor, ratio: Tensor, mask: Tensor | None) -> None:
-        ratio = ratio.to(torch.float64 if losses.dtype == torch.float64 else torch.float32)
-        keep = None if mask is None else mask.reshape(losses.shape)
-        # Asked of the type: asking the node itself would unpack what it saved.
-        saved = hasattr(type(losses.grad_fn), "_saved_result")
-        hook = _scale(ratio.reshape(losses.shape), keep, saved)
-        losses.register_hook(hook)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        setattr(losses, _HOOKED, True)
+    def survey(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Look at all samples of the coming optimizer step: calls inside only record, without gradient.
+
+        For loops that run both passes themselves; `window` does both. Afterwards the same calls come again,
+        in the same order, and get the exact ratios of the whole step.
+
+        Args:
+            model: put in eval mode meanwhile, or (`survey="train"`) its random numbers and running
+                statistics put back to where they were.
+        Raises: ValueError: the pool is not "window". RuntimeError: calls of the survey before are still due.
+        """
+        if not isinstance(self._pool, WindowPool):
+            raise ValueError(f'pool must be "window" for a survey, got {self.pool!r}. Pass pool="window".')
+        return survey(self._pool, model, self._survey)
+
+    def window(
+        self, loss_fn: Callable[[Batch], Tensor], batches: Iterable[Batch], *, model: nn.Module
+    ) -> Iterator[Tensor]:
+        """The loss of each micro-batch of one optimizer step, reweighted exactly over all of them.
+
+        Args:
+            loss_fn: the loss to call `backward` on, from one micro-batch; it calls the reweighter. It is
+                called twice for each micro-batch, first without gradient.
+            batches: all micro-batches of the step.
+            model: see `survey`.
+
+        Example:
+            >>> import torch
+            >>> from robustgrad import ChiSquare, Reweighter
+            >>> model, reweighter = torch.nn.Linear(3, 1), Reweighter(ChiSquare(0.5), pool="window")
+            >>> def loss_fn(x):
+            ...     return reweighter(model(x).squeeze(-1).square()).sum() / 32
+            >>> for loss in reweighter.window(loss_fn, torch.randn(32, 3).split(1), model=model):
+            ...     loss.backward()
+        """
+        batches = list(batches)
+        with self.survey(model):
+            for batch in batches:
+                loss_fn(batch)
+        for batch in batches:
+            yield loss_fn(batch)
 
     def step(self) -> None:
         """Say that an optimizer step happened; more than once is the same as once.
@@ -154,6 +212,8 @@ class Reweighter:
         """What robustness did to the samples of the current (or just finished) optimizer step.
 
         0-dim tensors on the device of the losses, computed when asked for; empty before the first call.
+        Of several ranks each may ask on its own: what competes stems from all of them, the samples of a
+        step that has not ended (and of a batch pool or window) from the own.
 
         Over the losses that compete (the memory, or the last call of a batch pool): `value` their worst-case
         mean, `mean` their plain mean, `gap` the difference, `divergence` reached, `threshold`, `cap` the
@@ -188,59 +248,3 @@ class Reweighter:
         ambiguity = self.ambiguity.in_memory() if self.pool == "memory" else repr(self.ambiguity)
         extra = "" if not self._memory else f", memory={self._memory}"
         return f"Reweighter({ambiguity}, pool={self.pool!r}{extra})"
-
-
-def _scale(ratio: Tensor, keep: Tensor | None, saved: bool) -> Callable[[Tensor], Tensor]:
-    """The hook. It holds the ratio but not the losses: a tensor that held itself would never be freed.
-
-    An operation that saved its own output (exp, sqrt) uses the losses in its backward: differentiating
-    that again would come through the hook a second time and square the ratio.
-    """
-
-    def multiply(grad: Tensor) -> Tensor:
-        if saved and torch.is_grad_enabled():
-            raise RuntimeError(
-                "losses must not be the saved output of the operation that made them where create_graph=True: "
-                "the second derivative would carry the squared ratio. Pass losses * 1 and use what comes back."
-            )
-        # Multiplied in the wider of the two types; autograd wants the gradient's own back.
-        scaled = (grad * ratio).to(grad.dtype)
-        return scaled if keep is None else torch.where(keep, scaled, 0.0)
-
-    return multiply
-
-
-def _samples(
-    losses: Tensor, scores: Tensor | None, groups: Tensor | None, base: Tensor | None, mask: Tensor | None
-) -> tuple[Samples, Tensor]:
-    """The call's samples, checked and widened, and which of them are NaN or +inf, (n,) bool."""
-    rows = losses.detach().reshape(-1)
-    wide = wide_dtype(losses.device)
-    scores, groups = _row("scores", scores, losses), _row("groups", groups, losses)
-    base, mask = _row("base", base, losses), _row("mask", mask, losses)
-    weight = None
-    if scores is not None:
-        _checks.floating("scores", scores)
-    if groups is not None:
-        _checks.integer_ids(groups, rows)
-    if base is not None:
-        _checks.base_weights(base, rows)
-        weight = base.to(wide)
-    if mask is not None:
-        _checks.boolean_mask(mask, rows)
-        weight = torch.where(mask, 1.0 if weight is None else weight, torch.zeros((), dtype=wide, device=mask.device))
-    worst = rows.to(wide) if scores is None else scores.to(wide)
-    bad = ~(worst < torch.inf) if scores is None else ~((worst < torch.inf) & (rows < torch.inf))
-    if weight is not None:
-        bad = bad & (weight != 0)
-    return Samples(torch.where(bad, torch.nan, worst), weight, groups), bad
-
-
-def _row(name: str, tensor: Tensor | None, losses: Tensor) -> Tensor | None:
-    """The argument as (n,), detached; it may come as (n,) or in the shape of the losses."""
-    if tensor is None:
-        return None
-    if isinstance(tensor, Tensor) and tensor.shape == losses.shape:
-        tensor = tensor.detach().reshape(-1)
-    _checks.fits(name, tensor, losses.detach().reshape(-1))
-    return tensor.detach()

@@ -16,9 +16,11 @@ PACKAGE = Path(robustgrad.__file__).parent
 LAYERS = [
     {"_version", "_checks"},
     {"ambiguity", "objectives"},
-    {"_units"},
+    {"_units", "samples", "hook"},
+    {"distributed", "token_units"},
     {"pool"},
-    {"memory"},
+    {"memory", "window"},
+    {"pools"},
     {"reweighter", "robust_loss"},
     {"optimizer"},
     {"__init__"},

@@ -325,7 +325,7 @@ def test_wrong_companions_change_no_state(options: dict[str, object], message: s
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pool": "ring"}, "pool must be 'memory' or 'batch', got 'ring'"),
+        ({"pool": "ring"}, "pool must be 'memory' or 'window' or 'batch', got 'ring'"),
         ({"memory": 10}, "memory must be 0 or an integer of at least 64, got 10"),
         ({"memory": 64.0}, "memory must be 0 or an integer"),
         ({"memory": 128, "pool": "batch"}, "memory must be left out"),
