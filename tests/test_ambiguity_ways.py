@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import comparing
 import inputs
@@ -11,6 +12,7 @@ import pytest
 import torch
 from inputs import Case
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from robustgrad.ambiguity import KL, AmbiguitySet, ChiSquare, CVaR, TotalVariation, _linear, _sorted, _tilting
 
@@ -143,3 +145,31 @@ def test_a_single_row_traces_as_one_graph(ambiguity: AmbiguitySet) -> None:
     traced = torch.compile(lambda losses: ambiguity.solve(losses).ratio, fullgraph=True, backend="eager")
     for losses in (normal(7).float(), normal(_linear._LONG)):
         torch.testing.assert_close(traced(losses), ambiguity.solve(losses).ratio, rtol=1e-5, atol=1e-6)
+
+
+class NoBlas(TorchDispatchMode):
+    """Refuses what cuBLAS would compute: in deterministic mode that raises without an environment variable."""
+
+    BLAS = ("mm", "bmm", "addmm", "mv", "dot", "vdot", "baddbmm", "linalg_vecdot")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in self.BLAS:
+            raise RuntimeError(f"{func} on an accelerator")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("ambiguity", inputs.SETS, ids=str)
+def test_off_the_cpu_nothing_is_looked_at_and_no_blas_is_used(ambiguity: AmbiguitySet) -> None:
+    """Meta tensors have no values: whatever would read one raises."""
+    with NoBlas():
+        for shape in ((8,), (_linear._LONG,), (_sorted._LONG,), (3, _linear._LONG)):
+            assert ambiguity.solve(torch.empty(shape, device="meta")).ratio.shape == shape
+        losses, one = torch.empty(512, dtype=torch.float64, device="meta"), torch.empty((), device="meta")
+        rule = ambiguity.fit(losses, torch.ones_like(losses), unit=one, step_size=one)
+        assert rule.ratio(losses[:3], torch.ones_like(losses[:3])).shape == (3,)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (0, _linear._LONG), (2, 0, _linear._LONG)])
+@each_typical
+def test_no_rows(ambiguity: AmbiguitySet, shape: tuple[int, ...]) -> None:
+    assert ambiguity.solve(torch.empty(shape)).ratio.shape == shape

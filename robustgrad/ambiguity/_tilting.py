@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ._problem import Problem, readable
 
-_GRID_SIZE = 2**11  # numbers tried at once while the bracket is narrowed; torch computes as many in one thread
+# Numbers tried at once while the bracket is narrowed: on a CPU torch computes as many in one thread.
+_GRID_SIZE, _GRID_SIZE_ELSEWHERE = 2**11, 2**18
 _NEWTON_STEPS = 5  # from a bracket that was narrowed
 _MOST_STEPS = 60  # from one that was not; ordinary losses need about 5
 _SETTLED = 1e-7  # a step so small squares to nothing
@@ -59,8 +60,9 @@ def _newton(curve: _Curve, goal: Tensor, low: Tensor, high: Tensor, u: Tensor, l
         step = (goal - h) / slope
         newton = u + step
         inside = newton == newton.clamp(low, high)
+        newton = torch.where(inside, newton, torch.lerp(low, high, 0.5))
         # A row that has settled stays as it is: how long the others take must not show in it.
-        u = torch.where(settled, u, torch.where(inside, newton, torch.lerp(low, high, 0.5)))
+        u = torch.where(settled, u, newton) if look else newton
         if look:
             settled |= ~(step.abs() > _SETTLED)
             if bool(settled.all()):
@@ -89,7 +91,8 @@ def _newton_of_one(curve: _Curve) -> float:
 def _narrow(curve: _Curve, goal: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     """The bracket 2^10 times narrower. Small problems try many points at once: there the launches cost
     more than the arithmetic."""
-    points = min(31, max(1, _GRID_SIZE // max(1, curve.drop.numel())))
+    size = _GRID_SIZE if curve.drop.is_cpu else _GRID_SIZE_ELSEWHERE
+    points = min(31, max(1, size // max(1, curve.drop.numel())))
     parts = torch.arange(1, points + 1, dtype=low.dtype, device=low.device) / (points + 1)
     parts = parts.view(-1, *[1] * low.dim())
     for _ in range(math.ceil(10 / math.log2(points + 1))):
@@ -163,7 +166,10 @@ class _Curve:
     def _moments(self, tilted: Tensor) -> Any:
         if isinstance(self.depth, float):
             return (self.powers @ tilted).tolist()
-        return _split((self.powers @ tilted.unsqueeze(-1)).squeeze(-1))
+        if tilted.is_cpu:
+            return _split((self.powers @ tilted.unsqueeze(-1)).squeeze(-1))
+        # cuBLAS would refuse to be deterministic.
+        return _split((self.powers * tilted.unsqueeze(-2)).sum(-1))
 
     def _growth(self, y: Tensor) -> Any:
         # expm1 keeps what a difference of exponentials near 1 would lose.
