@@ -44,6 +44,11 @@ class Limit(NamedTuple):
     radius: float
     penalty: Tensor | float | None = None
 
+    @property
+    def price(self) -> float:
+        """The penalty as a number that can be divided by."""
+        return max(float(self.penalty or 0.0), _TINY)
+
 
 def line(drop: Tensor, base: Tensor | None, limit: Limit) -> Line:
     """The line of the worst case of losses given by their `drop` (..., n) below the maximum.
@@ -162,7 +167,7 @@ def _zero(moments: list[float], n: int, limit: Limit) -> float:
     total, first = moments[:2]
     mass, mean = total / n, first / total
     if limit.penalty is not None:
-        return mean - float(limit.penalty) / mass + _SLACK * mean
+        return mean - limit.price / mass + _SLACK * mean
     second = moments[2] / total
     budget = 2 * limit.radius * mass * (1 - _SLACK) - (1 - mass) - _SLACK
     variance = max(second - mean * mean, 0.0) + _SLACK * second
@@ -171,18 +176,16 @@ def _zero(moments: list[float], n: int, limit: Limit) -> float:
 
 def _line_of(drop: Tensor, base: Tensor | None, keep: Tensor, limit: Limit) -> Line:
     """The line of the kept losses, without cancellation; of height 0 if the smallest is not active."""
-    weight, total = (keep, keep.sum().item()) if base is None else (base * keep, 0.0)
-    if base is None:
-        mass, rest, share = total / len(drop), (len(drop) - total) / len(drop), 1 / len(drop)
-    else:
-        mass, rest, share = weight.sum().item(), (base - weight).sum().item(), 1.0
+    n, weight = (len(drop), keep) if base is None else (1, base * keep)
+    total = weight.sum().item()
+    mass, rest = total / n, (n - total) / n if base is None else (base - weight).sum().item()
     least = (drop * keep).amin().item()
     rise = drop - least
-    mean = torch.dot(weight, rise).item() * share
+    mean = torch.dot(weight, rise).item() / n
     if limit.penalty is not None:
-        slope = 1 / float(limit.penalty)
+        slope = 1 / limit.price
     else:
-        spread = mass * torch.dot(weight, rise.sub_(mean / mass).square_()).item() * share
+        spread = mass * torch.dot(weight, rise.sub_(mean / mass).square_()).item() / n
         budget = 2 * limit.radius * mass - rest
         # Saturated means spread 0: then the slope must be steep whatever is left of the budget.
         slope = math.sqrt(max(budget, _EPS**2) / max(spread, _TINY**0.5))

@@ -164,12 +164,12 @@ class _Curve:
         return m.log(divergence / left), variance * self.entropy / (divergence * left)
 
     def _moments(self, tilted: Tensor) -> Any:
-        if isinstance(self.depth, float):
-            return (self.powers @ tilted).tolist()
-        if tilted.is_cpu:
-            return _split((self.powers @ tilted.unsqueeze(-1)).squeeze(-1))
-        # cuBLAS would refuse to be deterministic.
-        return _split((self.powers * tilted.unsqueeze(-2)).sum(-1))
+        if tilted.is_cpu and self.radius >= _TIGHT:
+            found = torch.matmul(self.powers, tilted.unsqueeze(-1)).squeeze(-1)
+        else:
+            # torch sums in pairs, which loses less; and cuBLAS would refuse to be deterministic.
+            found = (self.powers * tilted.unsqueeze(-2)).sum(-1)
+        return found.tolist() if isinstance(self.depth, float) else _split(found)
 
     def _growth(self, y: Tensor) -> Any:
         # expm1 keeps what a difference of exponentials near 1 would lose.
