@@ -1,13 +1,15 @@
-"""What the benchmarks share: interleaved timing, peak memory, and on which machine it was."""
+"""What the benchmarks share: interleaved timing, peak memory, on which machine it was, tables and CSV files."""
 
 from __future__ import annotations
 
+import csv
 import os
 import platform
 import subprocess
 import time
 import weakref
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+Row = dict[str, Any]
 
 
 class PeakMemory(TorchDispatchMode):
@@ -76,7 +80,7 @@ def interleaved(runs: dict[str, Callable[[], object]], rounds: int, device: str)
     return {name: 1e6 * median(values) for name, values in kept.items()}
 
 
-def machine(device: str) -> dict[str, Any]:
+def machine(device: str) -> Row:
     info = Path("/proc/cpuinfo")
     names = [line for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
     here = Path(__file__).parent
@@ -90,3 +94,31 @@ def machine(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "commit": commit.stdout.strip() or "unknown",
     }
+
+
+def print_table(rows: list[Row], heads: list[str], about: Row) -> None:
+    """Print the table, with rich where it is installed."""
+    lines = [["-" if row[head] is None else f"{row[head]:,}" if isinstance(row[head], float | int) and head != "n"
+              else str(row[head]) for head in heads] for row in rows]  # fmt: skip
+    title = ", ".join(f"{key} {value}" for key, value in about.items())
+    if not find_spec("rich"):
+        print(title, "\t".join(heads), *("\t".join(line) for line in lines), sep="\n")
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    for head in heads:
+        table.add_column(head.replace("_", " "), justify="left" if head == "set" else "right")
+    for line in lines:
+        table.add_row(*line)
+    Console(width=220).print(table)
+
+
+def write_csv(path: Path, rows: list[Row], about: Row) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], *about])
+        writer.writeheader()
+        writer.writerows({**row, **about} for row in rows)
+    print(f"wrote {path}")

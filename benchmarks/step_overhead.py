@@ -11,7 +11,6 @@ round, with a 95% bootstrap interval. Memory: most tensor bytes alive at once du
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.util
 import random
 import sys
@@ -22,9 +21,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from measuring import machine, peak_memory
-from rich.console import Console
-from rich.table import Table
+from measuring import Row, machine, peak_memory, print_table, write_csv
 from torch import Tensor
 
 from robustgrad import ChiSquare, RobustOptimizer
@@ -101,11 +98,11 @@ def interval(values: list[float]) -> tuple[float, float]:
     return medians[50], medians[-51]
 
 
-def measure(name: str, build: Callable[[], tuple[torch.nn.Module, Losses]], rounds: int) -> list[dict[str, Any]]:
+def measure(name: str, build: Callable[[], tuple[torch.nn.Module, Losses]], rounds: int) -> list[Row]:
     model, losses = build()
     model.train()
     steps = {method: make_step(method, model, losses) for method in METHODS}
-    for _ in range(20 if rounds > 3 and name == "MiniLM" else 2):  # the memory fills, caches warm up
+    for _ in range(3):  # caches warm up; MiniLM fills the memory, 32 pairs a step
         for step in steps.values():
             step()
     spent: dict[str, list[float]] = {method: [] for method in METHODS}
@@ -137,19 +134,10 @@ def main() -> None:
         for name, build in models.items()
         for row in measure(name, build, 3 if arguments.quick else arguments.rounds)
     ]
-    table = Table(*rows[0], title="one optimizer step, LoRA")
-    for row in rows:
-        table.add_row(*map(str, row.values()))
-    Console(width=140).print(table)
+    print_table(rows, list(rows[0]), machine("cpu"))
     if arguments.quick:
         return
-    about = machine("cpu")
-    path = arguments.out / "step_overhead.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *about])
-        writer.writeheader()
-        writer.writerows({**row, **about} for row in rows)
-    print(f"wrote {path}")
+    write_csv(arguments.out / "step_overhead.csv", rows, machine("cpu"))
 
 
 if __name__ == "__main__":

@@ -10,15 +10,13 @@ run interleaved in the same rounds; a time is the median over rounds. Writes a C
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
-from measuring import interleaved, machine, peak_memory
+from measuring import Row, interleaved, machine, peak_memory, print_table, write_csv
 from torch import Tensor
 from weight_solver_baselines import bisection, convex_program
 
@@ -38,7 +36,6 @@ PROBLEMS = [(1, 8), (1, 64), (1, 512), (1, 4096), (1, 65536), (1, 2**20), (64, 6
 QUICK = [(1, 8), (1, 512), (64, 64)]
 CONVEX_LIMIT = 4096
 COLORS = {"exact": "C3", "bisection": "C0", "cvxpy": "C1", "sort": "C2", "mean": "C7"}
-Row = dict[str, Any]
 
 
 def measure(ambiguity: AmbiguitySet, rows: int, n: int, rounds: int, device: str) -> Row:
@@ -93,24 +90,9 @@ def attempt(program: Callable[[Tensor], Tensor], losses: Tensor) -> Tensor | Non
 
 
 def show(rows: list[Row], about: Row) -> None:
-    """Print the table, with rich where it is installed."""
     heads = ["set", "rows", "n", *(f"{name}_us" for name in COLORS), "problems_per_s", "bisection_times",
              "cvxpy_times", "ratio_error_bisection", "ratio_error_cvxpy", "peak_bytes_per_loss"]  # fmt: skip
-    lines = [["-" if row[head] is None else f"{row[head]:,}" if isinstance(row[head], float | int) and head != "n"
-              else str(row[head]) for head in heads] for row in rows]  # fmt: skip
-    title = ", ".join(f"{key} {value}" for key, value in about.items())
-    if not find_spec("rich"):
-        print(title, "\t".join(heads), *("\t".join(line) for line in lines), sep="\n")
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title)
-    for head in heads:
-        table.add_column(head.replace("_", " "), justify="left" if head == "set" else "right")
-    for line in lines:
-        table.add_row(*line)
-    Console(width=220).print(table)
+    print_table(rows, heads, about)
 
 
 def draw(rows: list[Row], about: Row, path: Path) -> None:
@@ -149,13 +131,8 @@ def main() -> None:
             if sys.stderr.isatty():
                 print(f"\r{ambiguity!r}, {count} x {n} ".ljust(70), end="\r", file=sys.stderr, flush=True)
     show(rows, about)
-    arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / f"weight_solver_throughput_{device}.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *about])
-        writer.writeheader()
-        writer.writerows({**row, **about} for row in rows)
-    print(f"wrote {path}")
+    write_csv(path, rows, about)
     if find_spec("matplotlib"):
         draw(rows, about, path.with_suffix(".png"))
         print(f"wrote {path.with_suffix('.png')}")
