@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved timing, on which machine it was, tables and CSV files."""
+"""What the benchmarks share: interleaved timing, peak memory, on which machine it was, tables and CSV files."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import time
+import weakref
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,8 +15,46 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 Row = dict[str, Any]
+
+
+class PeakMemory(TorchDispatchMode):
+    """Most bytes alive at once among the tensors made inside; what an operation uses within is not seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given:
+                self._made(tensor.untyped_storage())
+        return result
+
+    def _made(self, storage: Any) -> None:
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._freed, storage.nbytes())
+
+    def _freed(self, size: int) -> None:
+        self.live -= size
+
+
+def peak_memory(solve: Callable[[], object], device: str) -> int:
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        solve()
+        return int(torch.cuda.max_memory_allocated() - before)
+    with PeakMemory() as memory:
+        solve()
+    return memory.peak
 
 
 def seconds(run: Callable[[], object], times: int, device: str) -> float:

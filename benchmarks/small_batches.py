@@ -15,16 +15,14 @@ where every loss is log 2. Writes a CSV and a picture.
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
 
 import torch
-from measuring import machine
+from measuring import Row, machine, write_csv
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -46,7 +44,6 @@ HARDER = ["plain", "window", "memory 1"]
 CASES = {"plain": METHODS, "drift": HARDER, "dropout": HARDER}
 # At micro-batch 1, on every seed: the memory's s in units of the window's.
 TARGETS = {"chi-square 1": 0.5, "chi-square .1": 0.5, "KL .5": 0.5, "TV .2": 0.5, "CVaR .2": 1.0}
-Row = dict[str, Any]
 
 
 def population(seed: int) -> Tensor:
@@ -253,15 +250,9 @@ def main() -> None:
     show(console, rows, discretes)
     if arguments.quick:
         return
-    arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / "small_batches.csv"
-    about = machine("cpu")
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *about])
-        writer.writeheader()
-        writer.writerows({**row, **about} for row in rows)
+    write_csv(path, rows, machine("cpu"))
     draw(rows, path.with_suffix(".png"))
-    console.print(f"wrote {path} and {path.with_suffix('.png')}")
 
 
 if __name__ == "__main__":

@@ -11,17 +11,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-import weakref
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
-from measuring import Row, interleaved, machine, print_table, write_csv
+from measuring import Row, interleaved, machine, peak_memory, print_table, write_csv
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from weight_solver_baselines import bisection, convex_program
 
 from robustgrad import KL, AmbiguitySet, ChiSquare, CVaR, TotalVariation
@@ -40,41 +36,6 @@ PROBLEMS = [(1, 8), (1, 64), (1, 512), (1, 4096), (1, 65536), (1, 2**20), (64, 6
 QUICK = [(1, 8), (1, 512), (64, 64)]
 CONVEX_LIMIT = 4096
 COLORS = {"exact": "C3", "bisection": "C0", "cvxpy": "C1", "sort": "C2", "mean": "C7"}
-
-
-class PeakMemory(TorchDispatchMode):
-    """Most bytes alive at once among the tensors made inside; what an operation uses within is not seen."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given:
-                self._made(tensor.untyped_storage())
-        return result
-
-    def _made(self, storage: Any) -> None:
-        self.live += storage.nbytes()
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._freed, storage.nbytes())
-
-    def _freed(self, size: int) -> None:
-        self.live -= size
-
-
-def peak_memory(solve: Callable[[], object], device: str) -> int:
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        solve()
-        return int(torch.cuda.max_memory_allocated() - before)
-    with PeakMemory() as memory:
-        solve()
-    return memory.peak
 
 
 def measure(ambiguity: AmbiguitySet, rows: int, n: int, rounds: int, device: str) -> Row:
