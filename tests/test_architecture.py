@@ -15,14 +15,15 @@ PACKAGE = Path(robustgrad.__file__).parent
 # Each module may import those before it; what stands on one line may not import each other.
 LAYERS = [
     {"_version", "_checks"},
-    {"ambiguity", "objectives"},
+    {"_token_checks", "ambiguity"},
+    {"objectives", "npg"},
     {"_units", "samples", "hook"},
     {"distributed", "token_units"},
     {"pool"},
     {"memory", "window"},
     {"pools"},
     {"reweighter", "robust_loss"},
-    {"optimizer"},
+    {"optimizer", "robust_ppo", "gradient_penalty", "baselines"},
     {"__init__"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
