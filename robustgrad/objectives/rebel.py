@@ -28,7 +28,7 @@ def rebel(
         h = log pi/pi_t(first) - log pi/pi_t(second),   gap = r(first) - r(second)
 
     Both have the same minimiser. A TV, chi-square, KL or CVaR *radius* picks the same weights on either; a
-    KL temperature, a penalty and the coefficient of a gradient penalty do not: they carry the unit of
+    KL temperature, a penalty and the coefficient of a squared gradient penalty do not: they carry the unit of
     the loss, the squared reward under "reward" and eta^2 times that under "log_prob".
 
     Args:
