@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _checks
+from .. import _checks, _token_checks
 
 
 def widened(*tensors: Tensor) -> list[Tensor]:
@@ -30,5 +30,5 @@ def per_entry(**tensors: Tensor) -> list[Tensor]:
     (first, leader), *others = tensors.items()
     _checks.floating(first, leader)
     for name, tensor in others:
-        _checks.same_entries(name, tensor, first, leader)
+        _token_checks.same_entries(name, tensor, first, leader)
     return widened(*tensors.values())

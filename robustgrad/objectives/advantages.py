@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _checks
+from .. import _checks, _token_checks
 from ._inputs import per_entry
 
 
@@ -36,7 +36,7 @@ def generalized_advantages(
     for name, share in (("discount", discount), ("trace", trace)):
         _checks.number(name, share, 0.0, 1.0, "It is a share.")
     rewards, values = per_entry(rewards=rewards, values=values)
-    _checks.token_mask(mask, "rewards", rewards)
+    _token_checks.token_mask(mask, "rewards", rewards)
     rewards, values = (torch.where(mask, entries.detach(), 0.0) for entries in (rewards, values))
     after = torch.cat([values[..., 1:], torch.zeros_like(values[..., :1])], -1)
     surprise = rewards + discount * after - values
@@ -64,7 +64,7 @@ def whiten(values: Tensor, mask: Tensor, *, center: bool = True) -> Tensor:
     tensor([-1.,  1.,  0.])
     """
     (values,) = per_entry(values=values)
-    _checks.token_mask(mask, "values", values)
+    _token_checks.token_mask(mask, "values", values)
     count = mask.sum().clamp_min(1)
     mean = torch.where(mask, values, 0.0).sum() / count
     centred = torch.where(mask, values - mean, 0.0)

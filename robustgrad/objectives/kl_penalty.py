@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .. import _checks
+from .. import _checks, _token_checks
 from ._inputs import per_entry, widened
 
 
@@ -60,7 +60,7 @@ def penalised_rewards(rewards: Tensor, kl: Tensor, mask: Tensor, *, beta: float)
     _checks.number("beta", beta, 0.0, torch.inf, "Use 0 for no penalty.")
     _checks.per_sample("rewards", rewards)
     _checks.floating("kl", kl)
-    _checks.token_mask(mask, "kl", kl)
+    _token_checks.token_mask(mask, "kl", kl)
     if kl.shape[:-1] != rewards.shape:
         raise ValueError(f"kl must have shape (n, T) with n = {len(rewards)} as rewards, got {tuple(kl.shape)}.")
     rewards, kl = widened(rewards.detach(), kl.detach())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _checks
+from .. import _checks, _token_checks
 from ._inputs import per_entry, widened
 
 
@@ -79,5 +79,5 @@ def _of_tokens(advantages: Tensor, log_probs: Tensor) -> Tensor:
     _checks.floating("advantages", advantages)
     if log_probs.dim() == 2 and advantages.dim() == 1 and len(advantages) == len(log_probs):
         advantages = advantages.unsqueeze(-1).expand_as(log_probs)
-    _checks.same_entries("advantages", advantages, "log_probs", log_probs)
+    _token_checks.same_entries("advantages", advantages, "log_probs", log_probs)
     return advantages

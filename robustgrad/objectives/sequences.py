@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _checks
+from .. import _checks, _token_checks
 
 
 def token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -22,7 +22,7 @@ def token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
     tensor([[-1.3863, -1.3863]])
     """
     _checks.floating("logits", logits)
-    _checks.token_ids(tokens, logits)
+    _token_checks.token_ids(tokens, logits)
     wide = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
     chosen = wide.gather(-1, tokens[:, 1:, None].long()).squeeze(-1)
     return chosen - wide.logsumexp(-1)
@@ -46,7 +46,7 @@ def sequence_log_probs(logits: Tensor, tokens: Tensor, mask: Tensor, *, average:
     tensor([-2.7726])
     """
     log_probs = token_log_probs(logits, tokens)
-    _checks.token_mask(mask, "tokens", tokens)
+    _token_checks.token_mask(mask, "tokens", tokens)
     reduce = sequence_mean if average else sequence_sum
     return reduce(log_probs, mask[:, 1:])
 
@@ -54,7 +54,7 @@ def sequence_log_probs(logits: Tensor, tokens: Tensor, mask: Tensor, *, average:
 def sequence_sum(values: Tensor, mask: Tensor) -> Tensor:
     """Sum over the real tokens of each sequence: (..., T) values and bool mask to (...)."""
     _checks.floating("values", values)
-    _checks.token_mask(mask, "values", values)
+    _token_checks.token_mask(mask, "values", values)
     # Through where: padding may hold anything.
     return torch.where(mask, values, 0.0).sum(-1)
 
