@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _checks
-from .reweighter import _HOOKED
+from .hook import attached
 
 
 @contextmanager
@@ -129,7 +129,7 @@ def squared_norm_losses(losses: Tensor, inputs: Tensor | Sequence[Tensor], *, co
 
 def _check(losses: Tensor, inputs: Sequence[Tensor]) -> None:
     _checks.per_sample("losses", losses)
-    if hasattr(losses, _HOOKED):
+    if attached(losses):
         raise ValueError(
             "losses must not be reweighted yet, got a tensor with a hook: it would scale the inner gradient as "
             "well. Take the penalty first, then reweight what comes out of squared_norm_losses."
