@@ -339,6 +339,15 @@ def test_doro_is_the_set_on_the_losses_left(ambiguity: AmbiguitySet, cut: int) -
     assert_close(got[: 64 - cut] / 64, left, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("n", [7, 49, 100])
+def test_rounding_leaves_no_mass_on_what_was_trimmed(n: int) -> None:
+    """The largest ball follows any mass, however small, at the maximum."""
+    losses = some_losses(n).sort().values
+    for cut in range(1, n):
+        got = doro_ratio(losses, TotalVariation(1.0), trimmed=cut / n)
+        assert_close(got[n - cut - 1].item(), float(n))
+
+
 def test_doro_as_its_authors_write_it() -> None:
     """CVaR-DORO: the mean of the losses of rank eps n to (eps + alpha (1 - eps)) n, from the top."""
     losses = some_losses(100)

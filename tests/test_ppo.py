@@ -172,10 +172,11 @@ def test_penalised_rewards_against_a_loop() -> None:
 
 
 def test_penalised_rewards_on_hostile_masks() -> None:
-    mask = torch.tensor([[False, True, True, False], [False, False, False, False]])
-    kl = torch.tensor([[torch.nan, 1.0, 1.0, torch.inf]]).expand(2, -1)
-    expected = torch.tensor([[0.0, -0.5, 1.5, 0.0], [0.0, 0.0, 0.0, 0.0]])
-    assert_close(penalised_rewards(torch.tensor([2.0, 2.0]), kl, mask, beta=0.5), expected)
+    """Padding on the left, a single token, no token at all; NaN beside them."""
+    mask = torch.tensor([[False, True, True, False], [False, False, True, False], [False, False, False, False]])
+    kl = torch.tensor([[torch.nan, 1.0, 1.0, torch.inf]]).expand(3, -1)
+    expected = torch.tensor([[0.0, -0.5, 1.5, 0.0], [0.0, 0.0, 1.5, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    assert_close(penalised_rewards(torch.tensor([2.0, 2.0, 2.0]), kl, mask, beta=0.5), expected)
 
 
 @pytest.mark.parametrize(
