@@ -25,9 +25,9 @@ try:
         with_reference,
     )
     from lora_scorer import micro_batches
-    from policy_run import Adversary, Iterates, RunFiles, make_parser, parse
-    from reward_model import Interrupt, draw_steps, follow, load_pairs, positive, settings
-    from reward_report import make_console, report
+    from policy_run import Adversary, Iterates, RunFiles, both_runs, make_parser, parse
+    from reward_model import draw_steps, load_pairs, positive, settings
+    from reward_report import Run, make_console, report
     from torch import Tensor
 
     import robustgrad
@@ -111,29 +111,19 @@ def main(argv: list[str] | None = None) -> int:
         encoded = {k: with_reference(policy, encode_pairs(policy, v, args.max_length)) for k, v in evals.items()}
     validation = [pair for part in encoded.values() for pair in part][::4]
 
-    start, stop, runs = [p.detach().clone() for p in policy.parameters], Interrupt(), []
-    for name, adversary in (("plain", Adversary()), ("robust", robust)):
-        with torch.no_grad():
-            for parameter, value in zip(policy.parameters, start, strict=True):
-                parameter.copy_(value)
+    def train_with(adversary: Adversary, files: RunFiles, iterates: Iterates) -> Iterator[dict[str, Tensor]]:
+        return train(policy, steps, adversary, args, files, iterates)
 
-        def validate() -> float:
-            lead = leads(policy, validation, args.beta)
-            return bradley_terry(lead, torch.zeros_like(lead)).mean().item()
+    def validate() -> float:
+        lead = leads(policy, validation, args.beta)
+        return bradley_terry(lead, torch.zeros_like(lead)).mean().item()
 
-        torch.manual_seed(args.seed)
-        files = RunFiles(args.out / name, policy.parameters, args.save_every, args.resume)
-        iterates = Iterates(args.iterate, policy.parameters, len(steps), validate)
-        run = follow(name, train(policy, steps, adversary, args, files, iterates), len(steps), console, stop)
-        iterates.finish()
-        policy.model.save_pretrained(args.out / name)
-        with console.status(f"{name}: evaluating"):
-            run.leads = {key: leads(policy, part, args.beta) for key, part in encoded.items()}
-        runs.append(run)
-        if stop.asked:
-            break
+    def evaluate(run: Run) -> None:
+        run.leads = {name: leads(policy, part, args.beta) for name, part in encoded.items()}
+
+    runs, stopped = both_runs(policy, robust, args, console, train_with, validate, evaluate)
     report(console, args.out, runs, pairs, evals, settings(args, robust))
-    return 130 if stop.asked else 0
+    return 130 if stopped else 0
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,7 +52,8 @@ class Policy:
 
     def __init__(self, name: str, device: torch.device, seed: int) -> None:
         torch.manual_seed(seed)
-        with loading(name):
+        # A .gguf file is unpacked under a progress bar that no switch turns off.
+        with loading(name), redirect_stderr(io.StringIO()):
             self.tokenizer, model = _load(name)
         # No dropout: the old and the new log-probabilities of PPO have to agree.
         lora = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from lora_policy import TINY, packaged_model
-from reward_model import SETS, device, positive
+from lora_policy import TINY, Policy, packaged_model
+from reward_model import SETS, Interrupt, device, follow, positive
+from reward_report import Run
+from rich.console import Console
 from torch import Tensor
 from torch.optim.swa_utils import get_swa_multi_avg_fn
 
@@ -114,6 +116,44 @@ class RunFiles:
             state = {name: part.state_dict() for name, part in self.parts.items()}
             state |= {"step": step, "parameters": [p.detach() for p in self.parameters]}
             torch.save(state | {"rng": torch.get_rng_state()}, self.checkpoint)
+
+
+Train = Callable[[Adversary, RunFiles, Iterates], Iterator[dict[str, Tensor]]]
+
+
+def both_runs(
+    policy: Policy,
+    robust: Adversary,
+    args: argparse.Namespace,
+    console: Console,
+    train: Train,
+    validate: Callable[[], float],
+    evaluate: Callable[[Run], None],
+    extra: Sequence[Tensor] = (),
+) -> tuple[list[Run], bool]:
+    """Train plain and robust from the same start with the same seed; also says whether Ctrl-C ended it.
+
+    Args:
+        extra: parameters that are trained beside the policy's own, such as a critic's.
+    """
+    parameters = [*policy.parameters, *extra]
+    start, stop, runs = [p.detach().clone() for p in parameters], Interrupt(), []
+    for name, adversary in (("plain", Adversary()), ("robust", robust)):
+        with torch.no_grad():
+            for parameter, value in zip(parameters, start, strict=True):
+                parameter.copy_(value)
+        torch.manual_seed(args.seed)
+        files = RunFiles(args.out / name, parameters, args.save_every, args.resume)
+        iterates = Iterates(args.iterate, parameters, args.steps, validate)
+        run = follow(name, train(adversary, files, iterates), args.steps, console, stop)
+        iterates.finish()
+        policy.model.save_pretrained(args.out / name)
+        with console.status(f"{name}: evaluating"):
+            evaluate(run)
+        runs.append(run)
+        if stop.asked:
+            break
+    return runs, stop.asked
 
 
 def make_parser(description: str, out: str, sets: tuple[str, ...], **defaults: object) -> argparse.ArgumentParser:
