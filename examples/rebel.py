@@ -108,7 +108,7 @@ def rebel_losses(policy: Policy, batch: Batch, eta: float) -> tuple[Tensor, list
     return rebel(first, second, old[:, 0], old[:, 1], gap, eta=eta), inputs
 
 
-def main(argv: list[str] | None = None) -> int:
+def options() -> argparse.ArgumentParser:
     sets = ("tv", "chi2", "kl", "cvar", "wasserstein")
     parser = make_parser(__doc__, "runs/rebel", sets, steps=30, lr=1e-4)
     add_rollout_options(parser)
@@ -116,9 +116,14 @@ def main(argv: list[str] | None = None) -> int:
     add("--online", action="store_true", help="generate the responses with the current policy")
     add("--eta", type=positive(float), default=5.0, help="step size of the mirror descent (default: %(default)s)")
     add("--epochs", type=positive(int), default=1, help="updates on each batch (default: %(default)s)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = options()
     try:
         args = parse(parser, argv, steps=4, prompts=8, new_tokens=6)
-        robust = Adversary.of(args.ambiguity, args.radius)
+        robust = Adversary.of(args)
         policy = Policy(args.model, args.device, args.seed)
         run_it = run_online if args.online else run_offline
         return run_it(policy, robust, args)

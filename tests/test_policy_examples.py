@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import re
 import signal
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -183,10 +185,16 @@ def test_iterates(example, kind: str, expected: float) -> None:
 
 
 def test_adversaries(example) -> None:
-    of = example("policy_run").Adversary.of
-    assert str(of("tv", None)) == "TotalVariation(radius=0.1)"
+    def of(name: str, radius: float | None = None, temperature: float | None = None):
+        given = SimpleNamespace(ambiguity=name, radius=radius, temperature=temperature)
+        return example("policy_run").Adversary.of(given)
+
+    assert str(of("tv")) == "TotalVariation(radius=0.1)"
     assert str(of("cvar", 0.25)) == "CVaR(alpha=0.25)"
+    assert str(of("kl", temperature=0.5)) == "KL(temperature=0.5)"
     assert (of("wasserstein", 0.3).wasserstein, of("wasserstein", 0.3).ambiguity) == (0.3, None)
+    with pytest.raises(ValueError, match="temperature must come with --ambiguity kl"):
+        of("tv", temperature=0.5)
 
 
 def test_the_domains_disagree_on_the_reward(example) -> None:
@@ -205,3 +213,17 @@ def test_a_prompt_keeps_its_number(example, policy) -> None:
     rollout = rollouts.collect(policy, prompts[:2], 3, 4)
     assert rollout.groups.tolist() == [0, 0, 0, 1, 1, 1]
     assert rollout.mask.sum(-1).max() <= 4 and (rollout.mask.sum(-1) > 0).all()
+
+
+@pytest.mark.parametrize("path", sorted((EXAMPLES / "settings").glob("*.txt")), ids=lambda path: path.stem)
+def test_settings_are_options_of_their_example(example, path: Path) -> None:
+    """Every file names its example, and every value in it where it was read."""
+    text = path.read_text()
+    name = re.search(r"python examples/(\w+)\.py @examples/settings/(\S+)", text)
+    assert name and name[2] == path.name
+    options = [line for line in text.splitlines() if line.startswith("--")]
+    assert options and all(re.search(r"# \[(text|code|notes|unconfirmed)\]", line) for line in options)
+    parser = example(name[1]).options()
+    args = parser.parse_args([f"@{path}"])
+    assert args.model
+    example("policy_run").Adversary.of(args)
