@@ -124,6 +124,14 @@ def integer_ids(groups: Tensor, losses: Tensor) -> None:
         raise TypeError(f"groups must be integer ids, one per sample, got {groups.dtype}. Use groups.long().")
 
 
+def group_counts(counts: Tensor) -> None:
+    """(G,) sizes of the groups; their values are read on the CPU only."""
+    empty = counts.device.type == "cpu" and not bool((counts > 0).all())
+    if counts.dim() != 1 or len(counts) == 0 or empty:
+        got = counts.tolist() if counts.device.type == "cpu" else tuple(counts.shape)
+        raise ValueError(f"counts must be (G,) numbers above 0, got {got}. Drop groups without samples.")
+
+
 def group_ids(groups: Tensor, losses: Tensor, count: int) -> None:
     """Integers 0 .. count - 1, for the samples of `losses`; their values are read on the CPU only."""
     integer_ids(groups, losses)

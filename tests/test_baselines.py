@@ -244,7 +244,7 @@ def test_group_dro_resumes() -> None:
 @pytest.mark.parametrize(
     ("build", "error", "message"),
     [
-        (lambda: GroupDRO([3, 0]), ValueError, "counts must be (G,) numbers above 0, got [3, 0]"),
+        (lambda: GroupDRO([3, 0]), ValueError, "counts must be (G,) numbers above 0, got [3.0, 0.0]"),
         (lambda: GroupDRO([]), ValueError, "counts must be (G,)"),
         (lambda: GroupDRO([1], step_size=-1), ValueError, "step_size must be in [0, inf), got -1"),
         (lambda: GroupDRO([1], adjustment=-1), ValueError, "adjustment must be in [0, inf), got -1"),

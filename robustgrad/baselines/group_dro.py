@@ -46,8 +46,7 @@ class GroupDRO:
         group_loss: Literal["mean", "scaled"] = "mean",
     ) -> None:
         self.counts = torch.as_tensor(counts, dtype=torch.float32)
-        if self.counts.dim() != 1 or not bool((self.counts > 0).all()) or len(self.counts) == 0:
-            raise ValueError(f"counts must be (G,) numbers above 0, got {counts!r}. Drop groups without samples.")
+        _checks.group_counts(self.counts)
         self.step_size = _checks.number("step_size", step_size, 0.0, torch.inf, "0.01 is usual.")
         self.adjustment = _checks.number("adjustment", adjustment, 0.0, torch.inf, "0 is none.")
         _checks.choice("group_loss", group_loss, ("mean", "scaled"))

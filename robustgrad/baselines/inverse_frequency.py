@@ -33,8 +33,8 @@ def inverse_frequency_ratio(groups: Tensor, *, counts: Sequence[int] | Tensor | 
     if counts is None:
         members = (groups[:, None] == groups).sum(-1).float()
         return len(groups) / (members * members.reciprocal().sum())
-    table = torch.as_tensor(counts, dtype=torch.float32, device=groups.device)
-    if table.dim() != 1 or not bool((table > 0).all()):
-        raise ValueError(f"counts must be (G,) numbers above 0, got {counts!r}. Drop groups without samples.")
+    table = torch.as_tensor(counts, dtype=torch.float32)
+    _checks.group_counts(table)
     _checks.group_ids(groups, groups, len(table))
+    table = table.to(groups.device)
     return (table.sum() / (len(table) * table))[groups.long()]
