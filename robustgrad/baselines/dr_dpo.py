@@ -23,7 +23,7 @@ def dr_dpo_loss(losses: Tensor, *, temperature: float) -> Tensor:
             0 the smallest loss.
     Returns: 0-dim, float32 or wider; at most the mean.
     Raises: TypeError or ValueError: an argument of another shape, type or range.
-    Source: arXiv 2407.07880, eq. 12.
+    Source: arXiv 2407.07880.
 
     >>> import torch
     >>> dr_dpo_loss(torch.tensor([0.0, 1.0]), temperature=1.0)

@@ -28,7 +28,7 @@ class GroupDRO:
         adjustment: >= 0, C: small groups generalise worse.
         group_loss: "mean" (Sagawa et al.) or "scaled" (GR-DPO).
     Raises: TypeError or ValueError: an argument of another shape, type or range.
-    Source: arXiv 1911.08731, Algorithm 1 and section 3.3; arXiv 2405.20304, Algorithm 1.
+    Source: arXiv 1911.08731, Algorithm 1 and its group adjustments; arXiv 2405.20304 and its code.
 
     >>> import torch
     >>> group_dro = GroupDRO([3, 1], step_size=1.0)

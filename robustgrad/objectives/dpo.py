@@ -128,7 +128,7 @@ def flip_corrected_dpo(
 
     It can be negative. `flip_rate` eps in [0, 0.5); the other arguments as in `dpo`.
     Known as robust DPO (rDPO): robust to label noise, not to a shift of the prompts.
-    Source: arXiv 2403.00409, eq. 12.
+    Source: arXiv 2403.00409.
 
     >>> import torch
     >>> zero = torch.zeros(1)
@@ -155,7 +155,7 @@ def simpo(
         label_smoothing: in [0, 0.5), as in `dpo`.
     Returns: (n,) losses in float32 or wider.
     Raises: TypeError or ValueError: an argument of another shape, type, device or range.
-    Source: arXiv 2405.14734, eq. 6.
+    Source: arXiv 2405.14734.
 
     >>> import torch
     >>> simpo(torch.tensor([-1.0]), torch.tensor([-1.5]), beta=2.0, margin=1.0)

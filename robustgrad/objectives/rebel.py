@@ -23,7 +23,7 @@ def rebel(
 ) -> Tensor:
     """Squared error of every pair of responses to one prompt.
 
-        scale="reward":     ( h / eta - gap )^2         (arXiv 2404.16767 eq. 1; arXiv 2509.19104)
+        scale="reward":     ( h / eta - gap )^2         (arXiv 2404.16767; arXiv 2509.19104)
         scale="log_prob":   ( h - eta gap )^2           (the released code: eta^2 times the first)
         h = log pi/pi_t(first) - log pi/pi_t(second),   gap = r(first) - r(second)
 
