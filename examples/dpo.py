@@ -25,7 +25,7 @@ try:
         with_reference,
     )
     from lora_scorer import micro_batches
-    from policy_run import Adversary, Iterates, RunFiles, both_runs, make_parser, parse
+    from policy_run import Adversary, Iterates, RunFiles, both_runs, drawn, make_parser, parse
     from reward_model import draw_steps, load_pairs, positive, settings
     from reward_report import Run, make_console, report
     from torch import Tensor
@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
         args = parse(parser, argv, steps=12)
         robust = Adversary.of(args)
         pairs, evals = load_pairs(args)
-        evals = {name: part[: args.eval_pairs] for name, part in evals.items()}
+        evals = drawn(evals, args.eval_pairs, args.seed)
         policy = Policy(args.model, args.device, args.seed)
     except (ValueError, OSError) as problem:
         parser.exit(2, f"{parser.prog}: error: {problem}\n")

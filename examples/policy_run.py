@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import torch
 from lora_policy import TINY, Policy, packaged_model
+from preference_pairs import Pair
 from reward_model import SETS, Interrupt, device, follow, positive
 from reward_report import Run
 from rich.console import Console
@@ -160,6 +162,12 @@ def both_runs(
         if stop.asked:
             break
     return runs, stop.asked
+
+
+def drawn(evals: dict[str, list[Pair]], count: int, seed: int) -> dict[str, list[Pair]]:
+    """At most `count` pairs of each evaluation set, from all over it."""
+    rng = random.Random(seed)
+    return {name: rng.sample(pairs, min(count, len(pairs))) for name, pairs in evals.items()}
 
 
 def make_parser(description: str, out: str, sets: tuple[str, ...], **defaults: object) -> argparse.ArgumentParser:

@@ -21,7 +21,7 @@ try:
     import torch
     from dpo import leads
     from lora_policy import PairTokens, Policy, encode_pairs, pair_log_probs, with_reference
-    from policy_run import Adversary, Iterates, RunFiles, both_runs, make_parser, parse
+    from policy_run import Adversary, Iterates, RunFiles, both_runs, drawn, make_parser, parse
     from ppo import add_rollout_options, draw_prompts
     from reward_model import draw_steps, load_pairs, positive, settings
     from reward_report import Run, make_console, report
@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_offline(policy: Policy, robust: Adversary, args: argparse.Namespace) -> int:
     pairs, evals = load_pairs(args)
-    evals = {name: part[: args.eval_pairs] for name, part in evals.items()}
+    evals = drawn(evals, args.eval_pairs, args.seed)
     console = make_console()
     console.print(f"{len(pairs)} training pairs, {args.steps} batches of {args.prompts}; {robust}")
     batches = list(offline(policy, pairs, args))

@@ -114,8 +114,10 @@ def report_rewards(
         table.add_row(domain, f"{shares.get(domain, 0):.0%}", *cells)
     worst = (f"{min(values.values()):.3f}" for values in results.values())
     table.add_section()
-    mixture = (f"{sum(shares.get(d, 0) * values[d] for d in domains):.3f}" for values in results.values())
-    table.add_row("at training shares", "", *mixture)
+    seen = sum(shares.get(domain, 0) for domain in domains)
+    if seen > 0:
+        mixture = (sum(shares.get(d, 0) * values[d] for d in domains) / seen for values in results.values())
+        table.add_row("at training shares", "", *(f"{value:.3f}" for value in mixture))
     table.add_row("worst domain", "", *worst)
     console.print(table)
     history = {run.name: {"seconds": run.seconds, "history": run.history} for run in runs}
