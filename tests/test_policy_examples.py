@@ -227,3 +227,25 @@ def test_settings_are_options_of_their_example(example, path: Path) -> None:
     args = parser.parse_args([f"@{path}"])
     assert args.model
     example("policy_run").Adversary.of(args)
+
+
+def test_online_rebel_compares_with_the_policy_that_answered(example, policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right after an answer the log-ratios are 0 and the loss is the squared difference in reward; later not."""
+    rebel, rollouts = example("rebel"), example("rollouts")
+    monkeypatch.setattr(rollouts, "reward", lambda domain, text: float(sum(map(ord, text)) % 7))
+    prompts = [rollouts.Prompt(i, [5, 6, 7 + i], "code") for i in range(6)]
+    batches = rebel.online(policy, prompts, SimpleNamespace(seed=0, prompts=6, new_tokens=5))
+
+    def distance(batch: list) -> float:
+        losses, _ = rebel.rebel_losses(policy, batch, eta=0.5)
+        gaps = torch.tensor([gap for _, gap in batch])
+        assert gaps.abs().max() > 0
+        return (losses - gaps.square()).abs().max().item()
+
+    for _ in range(2):
+        batch = next(batches)
+        assert distance(batch) < 1e-2
+        with torch.no_grad():
+            for parameter in policy.parameters:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        assert distance(batch) > 1e-1
