@@ -210,3 +210,11 @@ def test_sequence_means_are_what_is_scaled(rollout: Rollout) -> None:
     ratio = torch.linspace(0, 2, 12, dtype=torch.float64)
     expected = ratio * sequence_mean(rollout.values, rollout.mask)
     assert_close(RobustPPO("B").losses(rollout.values, rollout.mask, ratio), expected)
+
+
+@pytest.mark.parametrize("ppo", [RobustPPO("B"), *DIFFERENT], ids=str)
+@pytest.mark.parametrize("option", [{"discount": 0.5}, {"trace": 0.5}], ids=str)
+def test_discount_and_trace_reach_the_advantages(rollout: Rollout, ppo: RobustPPO, option: dict[str, float]) -> None:
+    given = rollout.rewards, rollout.kl, rollout.values, rollout.mask, torch.linspace(0.5, 1.5, 12)
+    for plain, changed in zip(ppo.rollout(*given), ppo.rollout(*given, **option), strict=True):
+        assert not torch.allclose(plain, changed)
