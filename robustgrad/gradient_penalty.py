@@ -84,8 +84,8 @@ def wasserstein_loss(losses: Tensor, inputs: Tensor | Sequence[Tensor], *, radiu
     Args:
         losses, inputs: as in `squared_gradient_norms`.
         radius: >= 0, the papers' rho0. 0 is the plain mean, without a second pass.
-    Returns: 0-dim, float32 or wider, with its graph. Its gradient differentiates the norm, so a backward
-        pass through it costs about one more of each pass.
+    Returns: 0-dim, float32 or wider, with its graph. Its gradient differentiates the norm, a second backward
+        pass: about 2.5 times a plain step (`benchmarks/gradient_penalty_cost.py`).
     Raises: as `squared_gradient_norms`, and for a radius out of range.
     Source: arXiv 2502.01930 (WDPO); arXiv 2509.19104 (Wasserstein DRO-REBEL).
 
