@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
 try:
@@ -44,9 +44,9 @@ def offline(policy: Policy, pairs: list, args: argparse.Namespace) -> Iterator[B
         yield [(pair, 1.0) for pair in encoded[start : start + args.prompts]]
 
 
-def online(policy: Policy, prompts: list, args: argparse.Namespace) -> Iterator[Batch]:
+def online(policy: Policy, prompts: list, args: argparse.Namespace, done: int = 0) -> Iterator[Batch]:
     """Two answers of the current policy to each prompt, with its own log-probabilities of them."""
-    for asked in draw_prompts(prompts, args):
+    for asked in islice(draw_prompts(prompts, args), done, None):
         rollout = collect(policy, asked, 2, args.new_tokens)
         with torch.no_grad():
             old = policy.log_probs(rollout.batch).view(-1, 2).tolist()
@@ -61,7 +61,7 @@ def online(policy: Policy, prompts: list, args: argparse.Namespace) -> Iterator[
 
 def train(
     policy: Policy,
-    batches: Iterator[Batch],
+    batches_from: Callable[[int], Iterable[Batch]],
     adversary: Adversary,
     args: argparse.Namespace,
     files: RunFiles,
@@ -74,9 +74,7 @@ def train(
     reweighter = getattr(optimizer, "reweighter", None)
     done = files.start(optimizer=optimizer, reweighter=reweighter, iterates=iterates)
     yield from files.replay()
-    # Online batches depend on the policy: those before `done` are not made again.
-    batches = batches if args.online else islice(batches, done, None)
-    for step, batch in islice(enumerate(batches, start=1 + done), args.steps - done):
+    for step, batch in islice(enumerate(batches_from(done), start=done + 1), args.steps - done):
         for _ in range(args.epochs):
             epoch_losses = []
             for start in range(0, len(batch), args.micro_batch):
@@ -140,7 +138,7 @@ def run_offline(policy: Policy, robust: Adversary, args: argparse.Namespace) -> 
     encoded = {k: with_reference(policy, encode_pairs(policy, v, args.max_length)) for k, v in evals.items()}
 
     def train_with(adversary: Adversary, files: RunFiles, iterates: Iterates) -> Iterator[dict[str, Tensor]]:
-        return train(policy, iter(batches), adversary, args, files, iterates)
+        return train(policy, lambda done: batches[done:], adversary, args, files, iterates)
 
     def validate() -> float:
         lead = torch.cat([leads(policy, part[::4], 1 / args.eta) for part in encoded.values()])
@@ -161,7 +159,10 @@ def run_online(policy: Policy, robust: Adversary, args: argparse.Namespace) -> i
     results = {"reference": mean_rewards(policy, evals, args.new_tokens)}
 
     def train_with(adversary: Adversary, files: RunFiles, iterates: Iterates) -> Iterator[dict[str, Tensor]]:
-        return train(policy, online(policy, prompts, args), adversary, args, files, iterates)
+        def batches_from(done: int) -> Iterator[Batch]:
+            return online(policy, prompts, args, done)
+
+        return train(policy, batches_from, adversary, args, files, iterates)
 
     def validate() -> float:
         return -min(mean_rewards(policy, evals[::4], args.new_tokens).values())

@@ -71,18 +71,28 @@ def test_smoke(example, tmp_path: Path, capsys: pytest.CaptureFixture[str], name
         assert any(not torch.equal(one[key], other[key]) for key in one)
 
 
-def test_a_run_goes_on_where_it_stopped(example, tmp_path: Path) -> None:
-    """From the checkpoint of step 8, after which the memory has filled: the same log and the same adapter."""
-    arguments = ["--smoke", "--save-every", "8", "--iterate", "average", "--out", str(tmp_path)]
-    example("dpo").main(arguments)
-    once = {name: (logs(tmp_path / name), adapter(tmp_path / name)) for name in ("plain", "robust")}
-    for name in once:
-        lines = (tmp_path / name / "log.jsonl").read_text().splitlines(keepends=True)
-        (tmp_path / name / "log.jsonl").write_text("".join(lines[:9]))
-    example("dpo").main([*arguments, "--resume"])
-    for name, (log, weights) in once.items():
-        assert logs(tmp_path / name) == log
-        assert all(torch.equal(weights[key], value) for key, value in adapter(tmp_path / name).items())
+@pytest.mark.parametrize(
+    ("name", "options", "every"),
+    [
+        ("dpo", ["--iterate", "average"], 8),  # after which the memory has filled
+        ("rebel", ["--online"], 3),
+        ("ppo", ["--iterate", "best"], 3),
+        ("npg", [], 3),
+    ],
+    ids=["dpo", "rebel", "ppo", "npg"],
+)
+def test_a_run_goes_on_where_it_stopped(example, tmp_path: Path, name: str, options: list[str], every: int) -> None:
+    """From its last checkpoint, after a stop one step later: the same log and the same adapter."""
+    arguments = ["--smoke", "--save-every", str(every), *options, "--out", str(tmp_path)]
+    example(name).main(arguments)
+    once = {run: (logs(tmp_path / run), adapter(tmp_path / run)) for run in ("plain", "robust")}
+    for run in once:
+        lines = (tmp_path / run / "log.jsonl").read_text().splitlines(keepends=True)
+        (tmp_path / run / "log.jsonl").write_text("".join(lines[: every + 1]))
+    example(name).main([*arguments, "--resume"])
+    for run, (log, weights) in once.items():
+        assert logs(tmp_path / run) == log
+        assert all(torch.equal(weights[key], value) for key, value in adapter(tmp_path / run).items())
 
 
 @pytest.mark.parametrize(
