@@ -45,8 +45,8 @@ def prompt_ratio(scores: Tensor, ambiguity: AmbiguitySet | Reweighter, *, groups
 
     Args:
         scores: (n,) what the adversary maximises (see `prompt_scores`).
-        ambiguity: a set, solved over this rollout alone, or a `Reweighter`, whose memory lets small
-            rollouts compete with recent ones.
+        ambiguity: a set, solved over the scores given and nothing else, or a `Reweighter`, whose memory
+            lets small rollouts compete with recent ones, and which sees all ranks.
         groups: (n,) integer id of the prompt of each response: the worst case is then over prompts, not over
             lucky and unlucky responses. Hand over all responses to a prompt in one call.
     Returns: (n,) float32, detached.

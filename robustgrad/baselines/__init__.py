@@ -1,7 +1,8 @@
 """What a robust method is compared with, and its relatives: one idea a file.
 
 Those that weigh samples return a ratio (n,), detached, for `(ratio * losses).mean()`; the others return a
-loss. WDPO is `robustgrad.gradient_penalty.wasserstein_loss` of the DPO losses. Token- and span-level worst
+loss. They see the losses that they are given and nothing else: in small micro-batches, or with several ranks,
+gather first. WDPO is `robustgrad.gradient_penalty.wasserstein_loss` of the DPO losses. Token- and span-level worst
 cases (DRTO) are `Reweighter(...)(losses, units="token")`.
 """
 
