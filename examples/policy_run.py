@@ -155,7 +155,8 @@ def both_runs(
         iterates = Iterates(args.iterate, parameters, args.steps, validate)
         run = follow(name, train(adversary, files, iterates), args.steps, console, stop)
         iterates.finish()
-        policy.model.save_pretrained(args.out / name)
+        # The embedding is not trained: asked to find that out, peft looks for a hub page of the model.
+        policy.model.save_pretrained(args.out / name, save_embedding_layers=False)
         with console.status(f"{name}: evaluating"):
             evaluate(run)
         runs.append(run)
