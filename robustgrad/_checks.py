@@ -73,6 +73,13 @@ def same_samples(name: str, tensor: Tensor, other_name: str, other: Tensor) -> N
         )
 
 
+def whole(name: str, value: int, low: int, remedy: str) -> int:
+    """Return `value`, an integer of at least `low`."""
+    if type(value) is not int or value < low:
+        raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}. {remedy}")
+    return value
+
+
 def fits(name: str, tensor: Tensor, losses: Tensor) -> None:
     """`tensor` belongs to the same samples: the shape of `losses`, or (n,) shared by all rows."""
     if not isinstance(tensor, Tensor):
@@ -115,6 +122,24 @@ def integer_ids(groups: Tensor, losses: Tensor) -> None:
     fits("groups", groups, losses)
     if groups.is_floating_point() or groups.is_complex() or groups.dtype == torch.bool:
         raise TypeError(f"groups must be integer ids, one per sample, got {groups.dtype}. Use groups.long().")
+
+
+def group_counts(counts: Tensor) -> None:
+    """(G,) sizes of the groups; their values are read on the CPU only."""
+    empty = counts.device.type == "cpu" and not bool((counts > 0).all())
+    if counts.dim() != 1 or len(counts) == 0 or empty:
+        got = counts.tolist() if counts.device.type == "cpu" else tuple(counts.shape)
+        raise ValueError(f"counts must be (G,) numbers above 0, got {got}. Drop groups without samples.")
+
+
+def group_ids(groups: Tensor, losses: Tensor, count: int) -> None:
+    """Integers 0 .. count - 1, for the samples of `losses`; their values are read on the CPU only."""
+    integer_ids(groups, losses)
+    if groups.device.type == "cpu" and len(groups) and not 0 <= int(groups.min()) <= int(groups.max()) < count:
+        raise ValueError(
+            f"groups must be ids in 0 .. {count - 1}, got {int(groups.min())} .. {int(groups.max())}. "
+            "Number the groups as in counts."
+        )
 
 
 def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
