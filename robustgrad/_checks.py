@@ -117,6 +117,11 @@ def integer_ids(groups: Tensor, losses: Tensor) -> None:
         raise TypeError(f"groups must be integer ids, one per sample, got {groups.dtype}. Use groups.long().")
 
 
+def instance(name: str, value: object, kind: type, what: str, remedy: str) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be {what}, got {value!r}. {remedy}")
+
+
 def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         names = " or ".join(repr(one) for one in allowed)
@@ -167,6 +172,20 @@ def reweightable(losses: Tensor, *, hooked: bool, by_token: bool, with_gradient:
         raise ValueError(
             f"losses must be reweighted once, got a tensor of shape {shape} that is already: "
             "a second hook would square the ratio. Pass losses.clone() if another set should act as well."
+        )
+
+
+def captured_loss(loss: Tensor) -> None:
+    """The scalar that backward() is called on."""
+    floating("loss", loss, "Hand over the scalar that backward() is called on.")
+    if loss.dim() != 0:
+        raise ValueError(
+            f"loss must be a scalar, got shape {tuple(loss.shape)}. Losses by sample go to reweight(losses)."
+        )
+    if loss.grad_fn is None:
+        raise ValueError(
+            "loss must have a gradient, got one that is detached, computed under no_grad, or of a frozen model. "
+            "Hand over the scalar that backward() is called on."
         )
 
 
