@@ -1,0 +1,68 @@
+"""Makes TRL's trainers distributionally robust: reward models, DPO, KTO, SFT."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ambiguity import AmbiguitySet
+from . import _checks
+from .hf_trainer import CapturingTrainer, attach, unrobustify
+
+try:
+    import trl
+except ImportError as error:
+    raise ImportError('trl is missing. Install it with pip install "robustgrad[trl]".') from error
+
+__all__ = ["robustify", "unrobustify"]
+
+
+def robustify(trainer: Any, ambiguity: AmbiguitySet, **options: Any) -> Any:
+    """Make a TRL trainer's gradients follow the worst case over an ambiguity set; returns the trainer.
+
+    A sample is a preference pair (RewardTrainer, DPOTrainer), a judged completion (KTOTrainer) or an example
+    (SFTTrainer), whatever the micro-batch and the accumulation. Everything else as in
+    `robustgrad.integrations.hf_trainer.robustify`, which this calls for a plain `transformers.Trainer`.
+
+    Args:
+        trainer: an instance of one of these, or of a subclass, before `trainer.train()`.
+        ambiguity, options: as there.
+    Raises: as there; and for losses without samples: SFT packing, DPO's `aot` and `sft` terms.
+    """
+    _checks.is_trainer(trainer)
+    for cls, robust in _ROBUST.items():
+        if isinstance(trainer, cls):
+            return attach(trainer, robust(trainer, ambiguity, **options))
+    _checks.plain_trainer(trainer)
+    return attach(trainer, CapturingTrainer(trainer, ambiguity, **options))
+
+
+class _Pairs(CapturingTrainer):
+    """The batch is all chosen ones, then all rejected ones."""
+
+    def rows(self, inputs: dict[str, Any]) -> int:
+        return len(inputs["input_ids"]) // 2
+
+
+class _DPO(_Pairs):
+    def __init__(self, trainer: Any, ambiguity: AmbiguitySet, **options: Any) -> None:
+        _checks.dpo_losses(trainer.loss_types, options.get("auxiliary") == "keep")
+        super().__init__(trainer, ambiguity, **options)
+
+
+class _KTO(CapturingTrainer):
+    def order(self, inputs: dict[str, Any]) -> Tensor:
+        # The losses come sorted: desirable completions first.
+        label = torch.as_tensor(inputs["label"], dtype=torch.bool)
+        return (~label).byte().argsort(stable=True)
+
+
+class _SFT(CapturingTrainer):
+    def __init__(self, trainer: Any, ambiguity: AmbiguitySet, **options: Any) -> None:
+        _checks.not_packed(trainer.args)
+        super().__init__(trainer, ambiguity, **options)
+
+
+_ROBUST = {trl.RewardTrainer: _Pairs, trl.DPOTrainer: _DPO, trl.KTOTrainer: _KTO, trl.SFTTrainer: _SFT}
