@@ -16,7 +16,7 @@ from transformers import (
     TrainerCallback,
 )
 
-WORDS = "a red blue green small large old new cat dog bird fish runs sleeps eats sees the and or not very".split()
+WORDS = [*"abcdefghijklmnopqrstu"]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

@@ -29,7 +29,7 @@ def is_trainer(trainer: Any) -> None:
 def ready(trainer: Any, attribute: str) -> None:
     if hasattr(trainer, attribute):
         raise ValueError(
-            f"trainer must be robustified once, got one that has {trainer.reweighter!r}. Call unrobustify(trainer) first."
+            f"trainer must be robustified once, got one with {trainer.reweighter!r}. Call unrobustify(trainer) first."
         )
     if trainer.is_in_train:
         raise ValueError("trainer must not be training yet, got one that is. Call robustify before trainer.train().")
