@@ -132,8 +132,9 @@ class Capture(TorchFunctionMode):
         Raises: RuntimeError: what lies behind the loss is not (only) a reduction of per-sample losses.
         """
         if torch.is_grad_enabled():
-            _checks.captured_loss(loss)
-            self._attach(loss)
+            with torch._C.DisableTorchFunction():  # nothing that happens here is the loop's
+                _checks.captured_loss(loss)
+                self._attach(loss)
         return loss
 
     def __exit__(

@@ -16,17 +16,13 @@ from torch import Tensor, nn
 pytest.importorskip("trl")
 import tiny
 import trl
-from peft import TaskType, get_peft_model
-from transformers import Trainer, TrainingArguments
+from peft import TaskType
+from transformers import Trainer
 
-from robustgrad import ChiSquare, TotalVariation
-from robustgrad.integrations.trl import robustify, unrobustify
+from robustgrad import ChiSquare
+from robustgrad.integrations.trl import robustify
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.*(pin_memory|lr_scheduler|use_reentrant|warmup).*:UserWarning"),
-]
+pytestmark = tiny.OTHERS_WARNINGS
 SET = ChiSquare(0.5)
 CUTS = pytest.mark.parametrize(("micro_batch", "accumulation"), [(8, 1), (2, 4), (1, 8)], ids=lambda n: str(n))
 N = 8

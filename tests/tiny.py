@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, TaskType
@@ -16,6 +17,11 @@ from transformers import (
     TrainerCallback,
 )
 
+# What the libraries say about their own options is not about us.
+OTHERS_WARNINGS = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
 WORDS = [*"abcdefghijklmnopqrstu"]
 
 

@@ -177,7 +177,7 @@ class CapturingTrainer(RobustTrainer):
         self.due = self.reweighter.pool == "window"
         return self.window, count
 
-    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         # Not where the window is fetched: the trainer may restore its random numbers after that.
         if self.due:
             self._survey(model, num_items_in_batch)
@@ -236,9 +236,9 @@ class CapturingTrainer(RobustTrainer):
 @contextmanager
 def _keeping_router_loss(model: torch.nn.Module, capture: Capture) -> Iterator[None]:
     """The load-balancing loss of a mixture of experts belongs to no sample, though its shape may look so."""
-    config = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    if not hasattr(config, "router_aux_loss_coef"):
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if not hasattr(text, "router_aux_loss_coef"):
         yield
         return
 
