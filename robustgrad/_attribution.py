@@ -78,4 +78,6 @@ def _nothing(rows: list[tuple[Reduction, int | str]], ends: list[str], expected:
     ]
     found += [f"{name}, which reduces inside" for name in sorted(set(ends))]
     hint = "" if expected else " Say how many samples the batch holds with capture(rows=n)."
+    if any(name.startswith("Compiled") for name in ends):
+        hint += " The loss is made inside a compiled function: compile the model, and make the loss outside of it."
     return f"the loss must come from {wanted}, found {'; '.join(found) or 'none'}.{hint} {_REMEDIES}"

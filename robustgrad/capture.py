@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import sys
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -83,8 +81,6 @@ class Capture(TorchFunctionMode):
         self._survey = ExitStack() if surveying else None
 
     def __enter__(self) -> Capture:
-        # Recording breaks a compiled graph, and must not be compiled itself; without dynamo there is no need.
-        self._record = _uncompiled() if "torch._dynamo" in sys.modules else _record
         if self._survey is not None:
             # The walk needs a graph, but nobody goes back along it: what it would save is left out.
             self._survey.enter_context(torch.enable_grad())
@@ -96,27 +92,19 @@ class Capture(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if not torch.is_grad_enabled():
+        # A compiled function runs without us: what it reduces inside, nobody sees, and that is an error later.
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return func(*args, **kwargs)
         if func in WATCHED:
-            return self._record(self, func, args, kwargs)
-        if func is Tensor.backward:
-            self(args[0])
-        out = func(*args, **kwargs)
-        # Inside a compiled function the list could not grow; its scalars come out where nobody sees them.
-        if not torch.compiler.is_compiling():
-            self._remember(out)
-        return out
-
-    def take(self, out: Any, reduction: Reduction | None) -> Any:
-        if reduction is not None:
-            self._reductions.append(reduction)
-        self._remember(out)
-        return out
-
-    def _remember(self, out: Any) -> None:
+            out, reduction = record(func, args, kwargs)
+            self._reductions += [] if reduction is None else [reduction]
+        else:
+            if func is Tensor.backward:
+                self(args[0])
+            out = func(*args, **kwargs)
         if type(out) is Tensor and out.dim() == 0 and out.requires_grad and out.grad_fn is not None:
             self._scalars.append(weakref.ref(out))
+        return out
 
     def keep(self, term: Tensor) -> Tensor:
         """Let a scalar term of the loss (a penalty, a router loss) keep its own gradient; returns it."""
@@ -192,15 +180,6 @@ class Capture(TorchFunctionMode):
         leaf = losses.requires_grad_()
         total = self._reweight(leaf * 1, base=base, **arguments).sum()
         return torch.autograd.grad(total, leaf)[0]
-
-
-def _record(capture: Capture, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return capture.take(*record(func, args, kwargs))
-
-
-@functools.cache
-def _uncompiled() -> Callable[..., Any]:
-    return torch.compiler.disable(_record)  # type: ignore[no-untyped-call,no-any-return]
 
 
 def _scalars_only(saved: Tensor) -> Tensor | None:

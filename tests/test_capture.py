@@ -373,25 +373,27 @@ def test_pure_bfloat16_is_no_false_alarm() -> None:
         assert loss.dtype == torch.bfloat16
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at it, behind any graph break
-def test_compiled_model_and_loss() -> None:
-    """Compiled once, other data on the second call: nothing of the first call is baked in."""
-    task = Task()
+def test_compiled_model() -> None:
+    """No graph break, and nothing of the first call is baked in."""
+    task, graphs = Task(), []
 
-    class WithLoss(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body, self.head = task.body, task.head
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
 
-        def forward(self, x: Tensor, y: Tensor) -> Tensor:
-            return F.mse_loss(self.head(self.body(x)).squeeze(-1), y) * 1.0
-
-    compiled = torch.compile(WithLoss(), backend="aot_eager")
+    compiled = torch.compile(nn.Sequential(task.body, task.head), backend=backend, fullgraph=True)
     for seed in (0, 1, 2):
         task.x, task.y = torch.randn(N, 5, generator=torch.manual_seed(seed)), torch.randn(N)
-        with Reweighter(SET, pool="batch").capture(rows=N) as capture:
-            loss = capture(compiled(task.x, task.y))
-        close(task.gradient(loss), task.expected(task.squares()))
+        got, _ = task.captured(lambda t: F.mse_loss(compiled(t.x).squeeze(-1), t.y))
+        close(got, task.expected(task.squares()))
+    assert len(graphs) == 1
+
+
+def test_a_compiled_loss_is_an_error() -> None:
+    task = Task()
+    compiled = torch.compile(lambda x, y: F.mse_loss(task.head(task.body(x)).squeeze(-1), y), backend="aot_eager")
+    with pytest.raises(RuntimeError, match="made inside a compiled function"), Reweighter(SET).capture() as capture:
+        capture(compiled(task.x, task.y))
 
 
 def test_near_ties_are_ties() -> None:

@@ -15,6 +15,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 import tiny
 from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainingArguments
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from robustgrad import ChiSquare
 from robustgrad.integrations.hf_trainer import robustify
@@ -164,11 +165,21 @@ def test_router_loss_is_kept(micro_batch: int, accumulation: int, tmp_path: Path
 
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler
-def test_torch_compile(tmp_path: Path) -> None:
-    trainer = build(tmp_path, tiny.causal_lm(), "tokens", (2, 4), torch_compile=True, torch_compile_backend="aot_eager")
-    count = tokens_of_all(trainer)
-    want = expected(trainer, lambda model, row: token_losses(model, row).sum() * N / count)
-    assert tiny.relative_error(step(trainer), want) < 1e-5
+def test_torch_compile_takes_a_loss_of_its_own(tmp_path: Path) -> None:
+    """Inside the compiled model nobody sees the losses; with compute_loss_func they are made outside."""
+    compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    trainer = build(tmp_path, tiny.causal_lm(), "tokens", (2, 4), **compiled)
+    with pytest.raises(ValueError, match="compute_loss_func"):
+        robustify(trainer, SET)
+
+    def loss_func(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
+        return ForCausalLMLoss(outputs.logits, labels, outputs.logits.shape[-1], num_items_in_batch)
+
+    args = TrainingArguments(**tiny.arguments(tmp_path, 2, 4, **compiled))
+    trainer = Trainer(tiny.causal_lm(), args, train_dataset=rows("tokens"), compute_loss_func=loss_func)
+    want = expected(trainer, lambda model, row: token_losses(model, row).sum())
+    got = step(trainer)
+    assert tiny.relative_error(got, want * (got.norm() / want.norm())) < 1e-5
 
 
 def test_model_init(tmp_path: Path) -> None:

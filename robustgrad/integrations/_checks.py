@@ -41,6 +41,16 @@ def ready(trainer: Any, attribute: str) -> None:
     _not_fused(trainer.args)
 
 
+def loss_outside(trainer: Any) -> None:
+    """A plain Trainer's loss is made inside the model, where a compiled one shows nothing."""
+    smoothed = trainer.label_smoother is not None
+    if trainer.args.torch_compile and trainer.compute_loss_func is None and not smoothed:
+        raise ValueError(
+            "torch_compile must leave the loss outside the model, got torch_compile=True and a loss inside. Pass "
+            "compute_loss_func=, for a causal LM around transformers.loss.loss_utils.ForCausalLMLoss."
+        )
+
+
 def _not_fused(args: Any) -> None:
     config = getattr(args, "liger_kernel_config", None) or {}
     if getattr(args, "use_liger_kernel", False) and config.get("fused_linear_cross_entropy", True):

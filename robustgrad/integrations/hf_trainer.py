@@ -51,6 +51,8 @@ def robustify(trainer: Trainer, ambiguity: AmbiguitySet, **options: Any) -> Trai
     gets a file of its own, and resuming from it goes on to the bit.
     """
     _checks.plain_trainer(trainer)
+    if type(trainer).compute_loss is Trainer.compute_loss:
+        _checks.loss_outside(trainer)
     return attach(trainer, CapturingTrainer(trainer, ambiguity, **options))
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ambiguity import AmbiguitySet
-from . import _checks
+from . import _checks, hf_trainer
 from .hf_trainer import CapturingTrainer, attach, unrobustify
 
 try:
@@ -35,8 +35,7 @@ def robustify(trainer: Any, ambiguity: AmbiguitySet, **options: Any) -> Any:
     for cls, robust in _ROBUST.items():
         if isinstance(trainer, cls):
             return attach(trainer, robust(trainer, ambiguity, **options))
-    _checks.plain_trainer(trainer)
-    return attach(trainer, CapturingTrainer(trainer, ambiguity, **options))
+    return hf_trainer.robustify(trainer, ambiguity, **options)
 
 
 class _Pairs(CapturingTrainer):
