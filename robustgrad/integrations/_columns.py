@@ -23,7 +23,7 @@ class Carrying:
         rest = [{name: value for name, value in example.items() if name not in self.names} for example in examples]
         batch = self.collator(rest)
         for name in self.names:
-            batch[_KEY + name] = _tensor(name, [example.get(name) for example in examples])
+            batch[_KEY + name] = tensor(name, [example.get(name) for example in examples])
         return batch
 
 
@@ -55,7 +55,7 @@ def value(of: Of, batch: dict[str, Any], carried: dict[str, Tensor]) -> Tensor |
     return carried[of] if isinstance(of, str) else of(batch)
 
 
-def _tensor(name: str, values: list[Any]) -> Tensor:
+def tensor(name: str, values: list[Any]) -> Tensor:
     if any(value is None for value in values):
         raise ValueError(
             f"the column {name!r} must be in every example of the dataset, got one without. Add it to the dataset "

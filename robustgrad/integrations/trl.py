@@ -1,4 +1,4 @@
-"""Makes TRL's trainers distributionally robust: reward models, DPO, KTO, SFT."""
+"""Makes TRL's trainers distributionally robust: reward models, DPO, KTO, SFT, GRPO, RLOO."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..ambiguity import AmbiguitySet
 from . import _checks, hf_trainer
-from .hf_trainer import CapturingTrainer, attach, unrobustify
+from ._rollouts import RolloutTrainer
+from .hf_trainer import CapturingTrainer, RobustTrainer, attach, unrobustify
 
 try:
     import trl
@@ -23,12 +24,16 @@ def robustify(trainer: Any, ambiguity: AmbiguitySet, **options: Any) -> Any:
     """Make a TRL trainer's gradients follow the worst case over an ambiguity set; returns the trainer.
 
     A sample is a preference pair (RewardTrainer, DPOTrainer), a judged completion (KTOTrainer) or an example
-    (SFTTrainer), whatever the micro-batch and the accumulation. Everything else as in
-    `robustgrad.integrations.hf_trainer.robustify`, which this calls for a plain `transformers.Trainer`.
+    (SFTTrainer), whatever the micro-batch and the accumulation. For GRPOTrainer and RLOOTrainer it is a prompt,
+    which the adversary picks by minus its mean reward: the ratio multiplies the advantages of the whole rollout
+    (pool="window" is that rollout), so that the logged policy loss is the reweighted one, and a KL term in
+    the loss keeps its own weight. Everything else as in `robustgrad.integrations.hf_trainer.robustify`, which
+    this calls for a plain `transformers.Trainer`.
 
     Args:
         trainer: an instance of one of these, or of a subclass, before `trainer.train()`.
-        ambiguity, options: as there.
+        ambiguity, options: as there. For rollouts `scores` and `groups` name a column of the dataset, or are
+            functions of the list of its rows, one for each completion.
     Raises: as there; and for losses without samples: SFT packing, DPO's `aot` and `sft` terms.
     """
     _checks.is_trainer(trainer)
@@ -64,4 +69,11 @@ class _SFT(CapturingTrainer):
         super().__init__(trainer, ambiguity, **options)
 
 
-_ROBUST = {trl.RewardTrainer: _Pairs, trl.DPOTrainer: _DPO, trl.KTOTrainer: _KTO, trl.SFTTrainer: _SFT}
+_ROBUST: dict[Any, type[RobustTrainer]] = {
+    trl.RewardTrainer: _Pairs,
+    trl.DPOTrainer: _DPO,
+    trl.KTOTrainer: _KTO,
+    trl.SFTTrainer: _SFT,
+    trl.GRPOTrainer: RolloutTrainer,
+    trl.RLOOTrainer: RolloutTrainer,
+}
