@@ -85,5 +85,7 @@ class RolloutTrainer(RobustTrainer):
         return first + torch.arange(start, start + n) // per_prompt
 
     def _values(self, of: Any, inputs: list[dict[str, Any]]) -> Tensor:
-        values: Tensor = _columns.tensor(of, [row.get(of) for row in inputs]) if isinstance(of, str) else of(inputs)
+        if isinstance(of, str):
+            return _columns.tensor(of, [row.get(of) for row in inputs])
+        values: Tensor = of(inputs)
         return values

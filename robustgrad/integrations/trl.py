@@ -12,11 +12,6 @@ from . import _checks, hf_trainer
 from ._rollouts import RolloutTrainer
 from .hf_trainer import CapturingTrainer, RobustTrainer, attach, unrobustify
 
-try:
-    import trl
-except ImportError as error:
-    raise ImportError('trl is missing. Install it with pip install "robustgrad[trl]".') from error
-
 __all__ = ["robustify", "unrobustify"]
 
 
@@ -37,10 +32,16 @@ def robustify(trainer: Any, ambiguity: AmbiguitySet, **options: Any) -> Any:
     Raises: as there; and for losses without samples: SFT packing, DPO's `aot` and `sft` terms.
     """
     _checks.is_trainer(trainer)
-    for cls, robust in _ROBUST.items():
-        if isinstance(trainer, cls):
-            return attach(trainer, robust(trainer, ambiguity, **options))
-    return hf_trainer.robustify(trainer, ambiguity, **options)
+    of_trl = [cls.__name__ for cls in type(trainer).__mro__ if cls.__module__.startswith("trl.")]
+    if not of_trl:
+        return hf_trainer.robustify(trainer, ambiguity, **options)
+    robust = next((_ROBUST[name] for name in of_trl if name in _ROBUST), None)
+    if robust is None:
+        raise TypeError(
+            f"trainer must be one of {', '.join(_ROBUST)}, got {type(trainer).__name__}. "
+            "For its own loop use robustgrad.Reweighter where its losses are made."
+        )
+    return attach(trainer, robust(trainer, ambiguity, **options))
 
 
 class _Pairs(CapturingTrainer):
@@ -69,11 +70,14 @@ class _SFT(CapturingTrainer):
         super().__init__(trainer, ambiguity, **options)
 
 
-_ROBUST: dict[Any, type[RobustTrainer]] = {
-    trl.RewardTrainer: _Pairs,
-    trl.DPOTrainer: _DPO,
-    trl.KTOTrainer: _KTO,
-    trl.SFTTrainer: _SFT,
-    trl.GRPOTrainer: RolloutTrainer,
-    trl.RLOOTrainer: RolloutTrainer,
+# By name: the experimental ones warn as soon as they are imported.
+_ROBUST: dict[str, type[RobustTrainer]] = {
+    "RewardTrainer": _Pairs,
+    "DPOTrainer": _DPO,
+    "KTOTrainer": _KTO,
+    "SFTTrainer": _SFT,
+    "GRPOTrainer": RolloutTrainer,
+    "RLOOTrainer": RolloutTrainer,
+    "CPOTrainer": CapturingTrainer,
+    "ORPOTrainer": CapturingTrainer,
 }
