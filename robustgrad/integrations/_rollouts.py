@@ -79,10 +79,10 @@ class RolloutTrainer(RobustTrainer):
 
     def _prompts(self, start: int, n: int) -> Tensor:
         """An id for each prompt of the rollout, the same on all ranks and never used again."""
-        per_prompt = self.trainer.num_generations
-        first = self.trainer.state.global_step * _PER_STEP + self.prompts
+        per_prompt: int = self.trainer.num_generations
+        first: int = self.trainer.state.global_step * _PER_STEP + self.prompts
         self.prompts = (self.prompts + n * self.trainer.accelerator.num_processes) % _PER_STEP
-        return first + torch.arange(start, start + n) // per_prompt
+        return torch.arange(start, start + n) // per_prompt + first
 
     def _values(self, of: Any, inputs: list[dict[str, Any]]) -> Tensor:
         if isinstance(of, str):
