@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .ambiguity import AmbiguitySet
+from .capture import Capture
 from .reweighter import Batch, Reweighter
 from .token_units import Unit
 
@@ -70,6 +71,10 @@ class RobustOptimizer(torch.optim.Optimizer):
     ) -> Tensor:
         """Attach the worst case to per-sample losses; returns the same tensor. See `Reweighter.__call__`."""
         return self.reweighter(losses, scores=scores, groups=groups, base=base, mask=mask, units=units)
+
+    def capture(self, **arguments: Any) -> Capture:
+        """`with optimizer.capture(): loss = loss_fn(batch)` for a loss that is a scalar; see `Capture`."""
+        return self.reweighter.capture(**arguments)
 
     def window(
         self, loss_fn: Callable[[Batch], Tensor], batches: Iterable[Batch], *, model: torch.nn.Module

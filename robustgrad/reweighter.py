@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import _checks
 from .ambiguity import AmbiguitySet
+from .capture import Capture
 from .distributed import Ranks
 from .hook import attach, attached
 from .pools import POOLS, make_pool
@@ -46,8 +47,7 @@ class Reweighter:
             random numbers are drawn once more for the second pass, so that it sees the same masks.
         on_nonfinite: what a NaN or +inf loss does. "propagate": its ratio is NaN, so is its gradient, and
             GradScaler or the clipping tool skips the step. "raise": the call raises, on every rank (one
-            device sync, and one exchange where there are ranks).
-            Such losses never enter the memory.
+            device sync, and one exchange of the ranks). Such losses never enter the memory.
     Raises: TypeError or ValueError, naming the argument, its rule, the value and the remedy.
     Source: the multiplier q_i / p_i is the envelope (Danskin) gradient; per-call weights as in
         arXiv 2503.00539, Algorithm 1.
@@ -72,16 +72,14 @@ class Reweighter:
         survey: Literal["eval", "train"] = "eval",
         on_nonfinite: Literal["propagate", "raise"] = "propagate",
     ) -> None:
-        if not isinstance(ambiguity, AmbiguitySet):
-            raise TypeError(
-                f"ambiguity must be an ambiguity set, got {ambiguity!r}. Use for example TotalVariation(0.1)."
-            )
+        _checks.instance(
+            "ambiguity", ambiguity, AmbiguitySet, "an ambiguity set", "Use for example TotalVariation(0.1)."
+        )
         _checks.choice("pool", pool, POOLS)
         _checks.choice("survey", survey, ("eval", "train"))
         _checks.choice("on_nonfinite", on_nonfinite, ("propagate", "raise"))
         _checks.memory_size(memory, pool)
-        self.ambiguity = ambiguity
-        self.on_nonfinite = on_nonfinite
+        self.ambiguity, self.on_nonfinite = ambiguity, on_nonfinite
         self.pool = "batch" if memory == 0 else pool
         self._ranks = Ranks(process_group)
         self._pool = make_pool(self.pool, ambiguity, self._ranks, memory)
@@ -159,6 +157,11 @@ class Reweighter:
             attach(losses, ratio if of_token is None else ratio[of_token], mask)
         return losses
 
+    def capture(self, **arguments: Any) -> Capture:
+        """`with reweighter.capture(): loss = loss_fn(batch)` for a loss that is a scalar; see `Capture`."""
+        surveying = isinstance(self._pool, WindowPool) and self._pool.surveying
+        return Capture(self, surveying=surveying, **arguments)
+
     def survey(self, model: nn.Module) -> AbstractContextManager[None]:
         """Look at all samples of the coming optimizer step: calls inside only record, without gradient.
 
@@ -202,10 +205,7 @@ class Reweighter:
             yield loss_fn(batch)
 
     def step(self) -> None:
-        """Say that an optimizer step happened; more than once is the same as once.
-
-        `RobustOptimizer` calls it. The next call takes the step's losses into the memory.
-        """
+        """Say that an optimizer step happened, once or more; the next call takes its losses into the memory."""
         self._pool.mark()
 
     def metrics(self) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from ._group_checks import group_counts, group_ids
 
 
 class GroupDRO:
@@ -46,7 +47,7 @@ class GroupDRO:
         group_loss: Literal["mean", "scaled"] = "mean",
     ) -> None:
         self.counts = torch.as_tensor(counts, dtype=torch.float32)
-        _checks.group_counts(self.counts)
+        group_counts(self.counts)
         self.step_size = _checks.number("step_size", step_size, 0.0, torch.inf, "0.01 is usual.")
         self.adjustment = _checks.number("adjustment", adjustment, 0.0, torch.inf, "0 is none.")
         _checks.choice("group_loss", group_loss, ("mean", "scaled"))
@@ -67,7 +68,7 @@ class GroupDRO:
         Returns: (n,) float32. A batch with a NaN or infinite loss gives NaN and leaves the weights alone.
         """
         _checks.per_sample("losses", losses)
-        _checks.group_ids(groups, losses, len(self.counts))
+        group_ids(groups, losses, len(self.counts))
         losses, groups = losses.detach().float(), groups.long()
         self._to(losses.device)
         zeros = torch.zeros_like(self.counts)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from ._group_checks import group_counts, group_ids
 
 
 def inverse_frequency_ratio(groups: Tensor, *, counts: Sequence[int] | Tensor | None = None) -> Tensor:
@@ -34,7 +35,7 @@ def inverse_frequency_ratio(groups: Tensor, *, counts: Sequence[int] | Tensor | 
         members = (groups[:, None] == groups).sum(-1).float()
         return len(groups) / (members * members.reciprocal().sum())
     table = torch.as_tensor(counts, dtype=torch.float32)
-    _checks.group_counts(table)
-    _checks.group_ids(groups, groups, len(table))
+    group_counts(table)
+    group_ids(groups, groups, len(table))
     table = table.to(groups.device)
     return (table.sum() / (len(table) * table))[groups.long()]
