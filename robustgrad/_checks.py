@@ -73,6 +73,13 @@ def same_samples(name: str, tensor: Tensor, other_name: str, other: Tensor) -> N
         )
 
 
+def whole(name: str, value: int, low: int, remedy: str) -> int:
+    """Return `value`, an integer of at least `low`."""
+    if type(value) is not int or value < low:
+        raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}. {remedy}")
+    return value
+
+
 def fits(name: str, tensor: Tensor, losses: Tensor) -> None:
     """`tensor` belongs to the same samples: the shape of `losses`, or (n,) shared by all rows."""
     if not isinstance(tensor, Tensor):
@@ -120,6 +127,24 @@ def integer_ids(groups: Tensor, losses: Tensor) -> None:
 def instance(name: str, value: object, kind: type, what: str, remedy: str) -> None:
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be {what}, got {value!r}. {remedy}")
+
+
+def group_counts(counts: Tensor) -> None:
+    """(G,) sizes of the groups; their values are read on the CPU only."""
+    empty = counts.device.type == "cpu" and not bool((counts > 0).all())
+    if counts.dim() != 1 or len(counts) == 0 or empty:
+        got = counts.tolist() if counts.device.type == "cpu" else tuple(counts.shape)
+        raise ValueError(f"counts must be (G,) numbers above 0, got {got}. Drop groups without samples.")
+
+
+def group_ids(groups: Tensor, losses: Tensor, count: int) -> None:
+    """Integers 0 .. count - 1, for the samples of `losses`; their values are read on the CPU only."""
+    integer_ids(groups, losses)
+    if groups.device.type == "cpu" and len(groups) and not 0 <= int(groups.min()) <= int(groups.max()) < count:
+        raise ValueError(
+            f"groups must be ids in 0 .. {count - 1}, got {int(groups.min())} .. {int(groups.max())}. "
+            "Number the groups as in counts."
+        )
 
 
 def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -172,20 +197,6 @@ def reweightable(losses: Tensor, *, hooked: bool, by_token: bool, with_gradient:
         raise ValueError(
             f"losses must be reweighted once, got a tensor of shape {shape} that is already: "
             "a second hook would square the ratio. Pass losses.clone() if another set should act as well."
-        )
-
-
-def captured_loss(loss: Tensor) -> None:
-    """The scalar that backward() is called on."""
-    floating("loss", loss, "Hand over the scalar that backward() is called on.")
-    if loss.dim() != 0:
-        raise ValueError(
-            f"loss must be a scalar, got shape {tuple(loss.shape)}. Losses by sample go to reweight(losses)."
-        )
-    if loss.grad_fn is None:
-        raise ValueError(
-            "loss must have a gradient, got one that is detached, computed under no_grad, or of a frozen model. "
-            "Hand over the scalar that backward() is called on."
         )
 
 

@@ -148,6 +148,8 @@ class MemoryPool(Pool):
             ratio = memory.ratio(scores, samples)
             if not memory.surely_filled:
                 ratio = torch.where(memory.filled, ratio, self._on_itself(scores, samples.weight))
+        if samples.weight is None:
+            return torch.where(scores < torch.inf, ratio, torch.nan)
         sound = (scores < torch.inf) & (weights >= 0) & (weights < torch.inf)
         return torch.where(weights == 0, 0.0, torch.where(sound, ratio, torch.nan))
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-accelerate = pytest.importorskip("accelerate")
+pytest.importorskip("accelerate")
+import accelerate
 
 from robustgrad import ChiSquare, Reweighter
 from robustgrad.integrations.accelerate import real_samples

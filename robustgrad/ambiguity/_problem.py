@@ -11,6 +11,8 @@ from .. import _checks
 
 # Where a loss of -inf stands, in ranges of the finite losses below the largest: its square fits into float32.
 ABYSS = 2.0**40
+# The same among losses that were widened: below all of them, with room for its powers in float64.
+_BELOW_WIDENED = -1e60
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
@@ -18,20 +20,32 @@ def wide_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def readable(tensor: Tensor) -> bool:
+    """Whether code may look at the values and choose its way: on the CPU that waits for nothing, but it would
+    break a trace in two."""
+    return tensor.is_cpu and not torch.compiler.is_compiling()
+
+
+def all_equal(weight: Tensor) -> bool:
+    """Whether the weights are seen to be equal, and positive: then the base is uniform."""
+    if not readable(weight):
+        return False
+    low, high = weight.aminmax()
+    return bool(0.0 < low.item() == high.item())
+
+
 class Problem(NamedTuple):
     """One or many worst-case problems, checked and widened.
 
-    `losses` (..., n) holds the lowest number instead of -inf and on excluded entries; `base` (..., n)
-    sums to 1 and is 0 on excluded entries, or is None for the uniform distribution over all n;
-    `valid` (..., n) is None where no entry is excluded; `poison` (..., 1) is NaN for rows that have
-    no answer and 0 otherwise.
+    `losses` (..., n) holds `lowest` instead of -inf and on excluded entries; `base` (..., n) sums to 1
+    and is 0 on excluded entries, or is None for the uniform distribution over all n; `valid` (..., n) is
+    None where no entry is excluded; `top` (..., 1) is the maximum, NaN for rows that have no answer.
     """
 
     given: Tensor
     losses: Tensor
     base: Tensor | None
     valid: Tensor | None
-    poison: Tensor
     top: Tensor
 
     @classmethod
@@ -51,18 +65,28 @@ class Problem(NamedTuple):
     @classmethod
     def unchecked(cls, losses: Tensor, base: Tensor | None = None, mask: Tensor | None = None) -> Problem:
         given = losses.detach()
-        wide = given.to(wide_dtype(given.device))
+        wide = given.to(wide_dtype(given.device), copy=True)
         share, valid, bad_base = _distribution(wide, base, mask)
-        lowest = torch.finfo(wide.dtype).min
         if valid is not None:
-            wide = torch.where(valid, wide, lowest)
-        wide = wide.clamp_min(lowest)
+            wide = torch.where(valid, wide, -torch.inf)
+        # One pass for both ends: +inf is as bad as NaN, and both survive amax.
+        wide = wide.nan_to_num_(torch.nan, torch.nan, _lowest(given.dtype, wide.dtype))
         top = wide.amax(-1, keepdim=True)
-        # NaN and +inf survive amax; finite minus itself is 0, they give NaN.
-        poison = top - top
-        if bad_base is not None:
-            poison = torch.where(bad_base, torch.nan, poison)
-        return cls(given, wide, share, valid, poison, top)
+        return cls(given, wide, share, valid, top if bad_base is None else torch.where(bad_base, torch.nan, top))
+
+    @property
+    def poison(self) -> Tensor:
+        """(..., 1) NaN for rows that have no answer and 0 otherwise."""
+        return self.top - self.top
+
+    @property
+    def _widened(self) -> bool:
+        """Whether no square of a loss can leave the range of `losses`."""
+        return self.losses.dtype == torch.float64 != self.given.dtype
+
+    @classmethod
+    def remembered(cls, losses: Tensor, weight: Tensor) -> Problem:
+        return cls.unchecked(losses, None if all_equal(weight) else weight)
 
     def mass(self, selected: Tensor) -> Tensor:
         """Base mass of the selected entries, (..., 1)."""
@@ -73,23 +97,44 @@ class Problem(NamedTuple):
     def expect(self, values: Tensor) -> Tensor:
         """Mean of `values` under the base, (..., 1)."""
         if self.base is None:
-            return values.mean(-1, keepdim=True)
+            return values.sum(-1, keepdim=True) / values.shape[-1]
         return (self.base * values).sum(-1, keepdim=True)
 
-    def below_top(self) -> tuple[Tensor, Tensor]:
-        """(losses - max) / unit in [-1, 0], and the unit: the range of the finite losses, (..., 1).
+    def distance(self) -> Tensor:
+        """losses - max, with room for sums."""
+        drop = self.losses - self.top
+        return drop if self._widened else drop.clamp_min(torch.finfo(drop.dtype).min / 2**40)
 
-        What stands for -inf lies at `-ABYSS`, so far below that the finite losses look tied from there.
+    def below_top(self) -> tuple[Tensor, Tensor | float]:
+        """(losses - max) / unit, not positive, and the unit: 1 where their squares are safe, or else the
+        range of the finite losses, (..., 1).
+
+        What stands for -inf lies so far below that the finite losses look tied from there.
         """
-        limits = torch.finfo(self.losses.dtype)
-        finite = torch.where(self.losses > limits.min, self.losses, self.top)
-        unit = (self.top - finite.amin(-1, keepdim=True)).clamp(limits.tiny, limits.max)
-        return ((self.losses - self.top) / unit).clamp_min(-ABYSS), unit
+        drop = self.losses - self.top
+        if self._widened or _is_moderate(drop):
+            return drop, 1.0
+        limits = torch.finfo(drop.dtype)
+        finite = torch.where(self.losses > limits.min, drop, 0.0)
+        unit = (-finite.amin(-1, keepdim=True)).clamp(limits.tiny, limits.max)
+        return (drop / unit).clamp_min(-ABYSS), unit
+
+    def plain(self) -> Tensor:
+        """Ratio 1 everywhere."""
+        return torch.ones_like(self.losses) + self.poison
 
     def finish(self, ratio: Tensor) -> Tensor:
-        """NaN for rows without an answer, 0 on excluded entries."""
-        ratio = ratio + self.poison
+        """0 on excluded entries."""
         return ratio if self.valid is None else torch.where(self.valid, ratio, 0.0)
+
+
+def _lowest(given: torch.dtype, wide: torch.dtype) -> float:
+    return _BELOW_WIDENED if wide == torch.float64 != given else torch.finfo(wide).min
+
+
+def _is_moderate(drop: Tensor) -> bool:
+    """Whether one row is seen to have no -inf and squares that are safe."""
+    return drop.dim() == 1 and readable(drop) and 1e-100 < -drop.amin().item() < 1e100
 
 
 def _distribution(

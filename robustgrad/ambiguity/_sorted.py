@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from ._problem import Problem
+from ._problem import Problem, all_equal, readable
+
+_LONG = 2**16  # losses in a row from which on the selection is confined to a part of them
+_SAMPLE = 2**12
 
 
 def cumsum(values: Tensor) -> Tensor:
@@ -39,9 +44,32 @@ def quantile(problem: Problem, mass: float) -> Tensor:
     # The plain ceiling is exact: where rounding lands one entry off, its share comes out as 0 or 1.
     k = min(max(math.ceil(mass * n), 1), n)
     if losses.is_cpu:
-        return losses.kthvalue(n - k + 1, -1, keepdim=True).values
+        return _kth(losses, n - k + 1)
     # On CUDA kthvalue is refused in deterministic mode, and a sort costs no more.
     return losses.sort(-1, descending=True).values[..., k - 1 : k]
+
+
+def _kth(losses: Tensor, k: int) -> Tensor:
+    """The k-th smallest of each row, (..., 1)."""
+    inside, below = (losses, 0) if losses.dim() > 1 or len(losses) < _LONG else _around(losses, k)
+    return inside.kthvalue(k - below, -1, keepdim=True).values
+
+
+def _around(losses: Tensor, k: int) -> tuple[Tensor, int]:
+    """Part of a long row that holds its k-th smallest, and how many lie below that part; all if that fails.
+
+    A sample tells between which two losses to look, so the selection reads few of them more than once.
+    """
+    if not readable(losses):
+        return losses, 0
+    some = losses[:: len(losses) // _SAMPLE].sort().values
+    place, slack = k / len(losses) * len(some), 4 * math.isqrt(len(some))
+    low, high = int(place) - slack, int(place) + slack
+    lowest = some[low].item() if low >= 0 else -math.inf
+    highest = some[high].item() if high < len(some) else math.inf
+    inside = losses.masked_select((losses >= lowest) & (losses <= highest))
+    below = int((losses < lowest).sum())
+    return (inside, below) if below < k <= below + len(inside) else (losses, 0)
 
 
 def top_share(problem: Problem, mass: float) -> Tensor:
@@ -50,9 +78,22 @@ def top_share(problem: Problem, mass: float) -> Tensor:
     1 above the quantile, 0 below, and equal for the ties on it; the mean under the base is `mass`.
     """
     edge = quantile(problem, mass)
-    above, tied = problem.losses > edge, problem.losses == edge
-    boundary = ((mass - problem.mass(above)) / problem.mass(tied)).clamp(0.0, 1.0)
-    return above + tied * boundary
+    # In the losses' own type: sums and products of booleans cost twice as much.
+    above, tied = problem.losses.clone().gt_(edge), problem.losses.clone().eq_(edge)
+    boundary = ((mass - problem.expect(above)) / problem.expect(tied)).clamp_(0.0, 1.0)
+    return above.addcmul_(tied, boundary.add_(problem.poison))
+
+
+class Place(NamedTuple):
+    """Where new losses, of base weight `weight`, come to stand among remembered ones of mass `total`."""
+
+    total: Tensor
+    above: Tensor
+    tied: Tensor
+
+    def top_share(self, mass: Tensor | float) -> Tensor:
+        """How much of each lies in the top `mass`."""
+        return (mass * self.total - self.above).clamp_min_(0.0).minimum(self.tied).div_(self.tied)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,18 +102,20 @@ class Ranked:
 
     ordered: Tensor  # (m,) ascending, -inf on empty slots
     mass: Tensor  # (m + 1,) mass of the first 0 .. m of them
+    total: Tensor  # (1,)
 
     @classmethod
     def of(cls, losses: Tensor, weight: Tensor) -> Ranked:
-        ordered, order = torch.where(weight > 0, losses, -torch.inf).sort()
-        mass = cumsum(torch.where(weight > 0, weight, 0.0)[order])
-        return cls(ordered, torch.cat((mass.new_zeros(1), mass)))
+        if all_equal(weight):
+            ordered = losses.sort().values
+            counts = torch.arange(len(weight) + 1, dtype=weight.dtype, device=weight.device)
+            mass = counts.mul_(weight[0])
+        else:
+            ordered, order = torch.where(weight > 0, losses, -torch.inf).sort()
+            mass = pad(cumsum(torch.where(weight > 0, weight, 0.0)[order]), (1, 0))
+        return cls(ordered, mass, mass[-1:])
 
-    def top_share(self, losses: Tensor, weight: Tensor | float, mass: Tensor | float) -> Tensor:
-        """How much of each new loss, of base weight `weight`, lies in the top `mass` once it has joined."""
-        upto = self.mass[torch.searchsorted(self.ordered, losses, right=True)]
-        below = self.mass[torch.searchsorted(self.ordered, losses)]
-        total = self.mass[-1]
-        tied = upto - below + weight
-        taken = mass * (total + weight) - (total - upto)
-        return taken.clamp_min(0.0).minimum(tied) / tied
+    def place(self, losses: Tensor, weight: Tensor | float) -> Place:
+        upto = self.mass.take(torch.searchsorted(self.ordered, losses, right=True))
+        below = self.mass.take(torch.searchsorted(self.ordered, losses))
+        return Place(self.total + weight, self.total - upto, upto - below + weight)

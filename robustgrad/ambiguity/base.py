@@ -100,7 +100,8 @@ class AmbiguitySet(ABC):
 
             max_q <q, losses>   s.t.  D(q || base) <= radius,  sum q = 1,  q >= 0
 
-        (or with a penalty on D in the objective). Exact, without a host sync or a branch on values.
+        (or with a penalty on D in the objective). Exact, and without a host sync: values are looked at on
+        the CPU alone, where that waits for nothing, and never while torch.compile traces.
 
         Args:
             losses: (..., n) float16, bfloat16, float32 or float64; higher is worse. Rows are separate

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from .. import _checks
+from ._linear import Limit, Line, line
 from ._problem import Problem
-from ._sorted import cumsum
 from .base import AmbiguitySet
 
 
@@ -56,11 +54,11 @@ class ChiSquare(AmbiguitySet):
 
     def _worst_case(self, problem: Problem) -> Tensor:
         if self.radius == 0:
-            return torch.ones_like(problem.losses)
+            return problem.plain()
         drop, unit = self._scaled(problem)
-        line = self._line(drop, unit, problem.base)
+        found = self._line(drop, unit, problem.base)
         # Where the budget is just used up the line is flat, and only the order tells who is active.
-        return line.at(drop) * (drop >= line.least)
+        return found.at(drop).mul_(drop.ge_(found.least))
 
     def _threshold(self, problem: Problem) -> Tensor:
         drop, unit = self._scaled(problem)
@@ -68,14 +66,13 @@ class ChiSquare(AmbiguitySet):
 
     def _scaled(self, problem: Problem) -> tuple[Tensor, Tensor | float]:
         """A ball sees no scale; a penalty is compared with the losses as they are."""
-        return problem.below_top() if self.penalty is None else (problem.losses - problem.top, 1.0)
+        return problem.below_top() if self.penalty is None else (problem.distance(), 1.0)
 
     def _line(self, drop: Tensor, unit: Tensor | float, base: Tensor | None) -> Line:
-        scan = _Scan.of(drop, base)
-        return scan.ball(self.radius or 0.0) if self.penalty is None else scan.penalised(self.penalty / unit)
+        return line(drop, base, Limit(self.radius or 0.0, self.penalty and self.penalty / unit))
 
     def fit(self, losses: Tensor, weight: Tensor, *, unit: Tensor | float, step_size: Tensor) -> LineRule:
-        problem = Problem.unchecked(losses, weight)
+        problem = Problem.remembered(losses, weight)
         drop, scale = self._scaled(problem)
         return LineRule(self._line(drop, scale * unit, problem.base), problem.top, scale)
 
@@ -86,21 +83,6 @@ class ChiSquare(AmbiguitySet):
         return self.penalty or 0.0
 
 
-class Line(NamedTuple):
-    """ratio = (slope * (drop - least) + height)_+ with `least` the drop of the smallest active loss."""
-
-    least: Tensor
-    slope: Tensor
-    height: Tensor
-
-    def at(self, drop: Tensor) -> Tensor:
-        return torch.addcmul(self.height, drop - self.least, self.slope).clamp_min(0.0)
-
-    def zero(self) -> Tensor:
-        """The drop at which the ratio reaches 0."""
-        return self.least - self.height / self.slope
-
-
 @dataclass(frozen=True, eq=False)
 class LineRule:
     line: Line
@@ -109,64 +91,3 @@ class LineRule:
 
     def ratio(self, losses: Tensor, weight: Tensor | float = 1.0) -> Tensor:
         return self.line.at((losses.minimum(self.top) - self.top) / self.scale)
-
-
-class _Scan(NamedTuple):
-    """Prefix sums over the losses in descending order, all terms of one sign, so nothing cancels.
-
-    For the k largest losses, with P their mass and E the expectation under the base: fall is
-    -E(l - l_(k))_+, spread is P E(l - l_(k))_+^2 - fall^2 = P^2 Var, rest is 1 - P.
-    """
-
-    ordered: Tensor
-    mass: Tensor
-    rest: Tensor
-    fall: Tensor
-    spread: Tensor
-
-    @classmethod
-    def of(cls, drop: Tensor, base: Tensor | None) -> _Scan:
-        ordered, p, before, mass, rest = _descending(drop, base)
-        # The first gap reaches round to the last loss; no mass lies before it, so it counts for nothing.
-        gaps = ordered - ordered.roll(1, -1)
-        step = before * gaps
-        fall = cumsum(step)
-        half_second = cumsum(gaps * torch.sub(fall, step, alpha=0.5))
-        return cls(ordered, mass, rest, fall, cumsum(2 * p * half_second))
-
-    def ball(self, radius: float) -> Line:
-        # 2 radius P - (1 - P) in the form that does not cancel at small radii.
-        budget = 2 * radius * self.mass - self.rest
-        limits = torch.finfo(self.spread.dtype)
-        # A loss whose ratio would be rounding alone is not active: it may stand for -inf.
-        active = torch.addcmul(self.spread, budget, self.fall.square(), value=-1 - 64 * limits.eps) >= 0
-        least, mass, fall, spread, budget = self._last(active, self.spread, budget)
-        # Saturated means spread 0: then the slope must be steep whatever is left of the budget.
-        slope = (budget.clamp_min(limits.eps**2) / spread.clamp_min(limits.tiny**0.5)).sqrt()
-        return Line(least, slope, (1 + fall * slope) / mass)
-
-    def penalised(self, penalty: Tensor | float) -> Line:
-        least, mass, fall = self._last(self.fall > -penalty)
-        slope = torch.ones_like(fall) / penalty
-        return Line(least, slope, (1 + fall * slope) / mass)
-
-    def _last(self, active: Tensor, *more: Tensor) -> list[Tensor]:
-        """The sums at the last active prefix: being active is monotone, so it is a count. The first is."""
-        k = active[..., 1:].sum(-1, keepdim=True)
-        return [sums.gather(-1, k) for sums in (self.ordered, self.mass, self.fall, *more)]
-
-
-def _descending(losses: Tensor, base: Tensor | None) -> tuple[Tensor, Tensor | float, Tensor, Tensor, Tensor]:
-    """Losses in descending order, their base mass, and the mass before, up to and after each."""
-    ordered, order = losses.sort(-1, descending=True)
-    if base is None:
-        n = losses.shape[-1]
-        counts = torch.linspace(0.0, 1.0, n + 1, device=losses.device, dtype=losses.dtype)
-        mass = counts[1:].expand_as(ordered)
-        return ordered, 1 / n, counts[:-1], mass, 1 - mass
-    p = base.gather(-1, order)
-    mass = cumsum(p)
-    # Shifted sums rather than differences: a small mass beside a large one would cancel.
-    before = pad(mass[..., :-1], (1, 0))
-    rest = pad(cumsum(p.flip(-1)).flip(-1)[..., 1:], (0, 1))
-    return ordered, p, before, mass, rest

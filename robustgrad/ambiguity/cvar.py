@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from .. import _checks
@@ -45,15 +44,14 @@ class CVaR(AmbiguitySet):
 
     def _worst_case(self, problem: Problem) -> Tensor:
         if self.alpha == 1:
-            return torch.ones_like(problem.losses)
-        return top_share(problem, self.alpha) / self.alpha
+            return problem.plain()
+        return top_share(problem, self.alpha).div_(self.alpha)
 
     def _threshold(self, problem: Problem) -> Tensor:
         return quantile(problem, self.alpha)
 
     def fit(self, losses: Tensor, weight: Tensor, *, unit: Tensor | float, step_size: Tensor) -> TopRule:
-        alpha = torch.full((), self.alpha, dtype=losses.dtype, device=losses.device)
-        return TopRule(Ranked.of(losses, weight), torch.zeros_like(alpha), 1 / alpha, alpha)
+        return TopRule.of(Ranked.of(losses, weight), [self.alpha], [1 / self.alpha])
 
     def _divergence(self, ratio: Tensor) -> Tensor:
         # A constant, so that its mean under any base is the maximum itself.

@@ -58,11 +58,11 @@ class KL(AmbiguitySet):
 
     def _worst_case(self, problem: Problem) -> Tensor:
         if self.radius == 0:
-            return torch.ones_like(problem.losses)
+            return problem.plain()
         drop, unit = self._scaled(problem)
         # Through softmax, in which ties stay ties to the bit.
         tilted = (self._theta(drop, unit, problem) * drop).softmax(-1)
-        return tilted / problem.expect(tilted)
+        return tilted.mul_(drop.shape[-1]) if problem.base is None else tilted.div_(problem.expect(tilted))
 
     def _threshold(self, problem: Problem) -> Tensor:
         drop, unit = self._scaled(problem)
@@ -73,15 +73,15 @@ class KL(AmbiguitySet):
 
     def _scaled(self, problem: Problem) -> tuple[Tensor, Tensor | float]:
         """A ball sees no scale; a temperature is compared with the losses as they are."""
-        return problem.below_top() if self.temperature is None else (problem.losses - problem.top, 1.0)
+        return problem.below_top() if self.temperature is None else (problem.distance(), 1.0)
 
-    def _theta(self, drop: Tensor, unit: Tensor | float, problem: Problem) -> Tensor:
+    def _theta(self, drop: Tensor, unit: Tensor | float, problem: Problem) -> Tensor | float:
         if self.temperature is not None:
-            return torch.ones_like(problem.top) * unit / self.temperature
-        return inverse_temperature(drop, problem, self.radius) if self.radius else torch.zeros_like(problem.top)
+            return unit / self.temperature
+        return inverse_temperature(drop, problem, self.radius) if self.radius else 0.0
 
     def fit(self, losses: Tensor, weight: Tensor, *, unit: Tensor | float, step_size: Tensor) -> TiltRule:
-        problem = Problem.unchecked(losses, weight)
+        problem = Problem.remembered(losses, weight)
         drop, scale = self._scaled(problem)
         theta = self._theta(drop, scale * unit, problem)
         return TiltRule(theta, problem.expect(exp(theta * drop)), problem.top, scale)
@@ -96,7 +96,7 @@ class KL(AmbiguitySet):
 
 @dataclass(frozen=True, eq=False)
 class TiltRule:
-    theta: Tensor
+    theta: Tensor | float
     normaliser: Tensor
     top: Tensor
     scale: Tensor | float

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 
 import torch
@@ -76,16 +77,18 @@ class TotalVariation(AmbiguitySet):
         if self.penalty is not None:
             return self._penalised(problem)
         if self.radius == 0:
-            return torch.ones_like(problem.losses)
-        kept = top_share(problem, 1 - self._moved())
+            return problem.plain()
+        kept, moved = top_share(problem, 1 - self._moved()), self._moved()
         if self.cap is None:
-            best = problem.losses == problem.top
-            return kept + best * (self._moved() / problem.mass(best))
-        return kept + (self.cap - 1) * top_share(problem, self._moved() / (self.cap - 1))
+            best = problem.losses.clone().eq_(problem.top)
+            return kept.addcmul_(best, problem.expect(best).reciprocal_(), value=moved)
+        return kept.add_(top_share(problem, moved / (self.cap - 1)), alpha=self.cap - 1)
 
     def _penalised(self, problem: Problem) -> Tensor:
-        kept, best = problem.losses >= problem.top - self._price(), problem.losses == problem.top
-        return kept + best * (problem.mass(~kept) / problem.mass(best))
+        losses, edge = problem.losses, problem.top - self._price()
+        kept, gone, best = losses.clone().ge_(edge), losses.clone().lt_(edge), losses.clone().eq_(problem.top)
+        received = (problem.expect(gone) / problem.expect(best)).add_(problem.poison)
+        return kept.addcmul_(best, received)
 
     def _threshold(self, problem: Problem) -> Tensor:
         return quantile(problem, 1 - self._moved()) if self.penalty is None else problem.top - self.penalty
@@ -105,16 +108,15 @@ class TotalVariation(AmbiguitySet):
 
     def fit(self, losses: Tensor, weight: Tensor, *, unit: Tensor | float, step_size: Tensor) -> TopRule:
         ranked = Ranked.of(losses, weight)
-        top = (1 / step_size.to(losses.dtype)).clamp(1 / 64, 1.0)
         if self.penalty is None:
-            share = self._capped_share()
-            top = top if share is None else torch.full_like(top, share)
-            return TopRule(ranked, torch.full_like(top, 1 - self._moved()), self._moved() / top, top)
+            top = self._capped_share() or _largest_share(step_size, losses)
+            return TopRule.of(ranked, [1 - self._moved(), top], [1.0, self._moved() / top])
         # The receivers are the top share, so the price is paid against their mean, not the maximum.
-        received = weight * ranked.top_share(losses, 0.0, top)
+        top = _largest_share(step_size, losses)
+        received = weight * ranked.place(losses, 0.0).top_share(top)
         edge = (received * losses).sum() / received.sum() - self.penalty / unit
         kept = (weight * (losses >= edge)).sum() / weight.sum()
-        return TopRule(ranked, kept, (1 - kept) / top, top)
+        return TopRule.of(ranked, [kept, top], [1.0, (1 - kept) / top])
 
     def _divergence(self, ratio: Tensor) -> Tensor:
         return (ratio - 1).abs() / 2
@@ -123,15 +125,26 @@ class TotalVariation(AmbiguitySet):
         return self.penalty or 0.0
 
 
+def _largest_share(step_size: Tensor, losses: Tensor) -> Tensor:
+    """The top share that stands for the single largest loss of a step."""
+    return step_size.to(losses.dtype).reciprocal().clamp(1 / 64, 1.0)
+
+
 @dataclass(frozen=True, eq=False)
 class TopRule:
-    """ratio = share in the top `kept` of the mass + gain * share in the top `top` of the mass."""
+    """ratio = sum of gain * share in the top mass, over one or two such masses, (k, 1) each."""
 
     ranked: Ranked
-    kept: Tensor
-    gain: Tensor
-    top: Tensor
+    masses: Tensor
+    gains: Tensor
+
+    @classmethod
+    def of(cls, ranked: Ranked, masses: Sequence[Tensor | float], gains: Sequence[Tensor | float]) -> TopRule:
+        def column(numbers: Sequence[Tensor | float]) -> Tensor:
+            one = ranked.total.new_full
+            return torch.stack([x if isinstance(x, Tensor) else one((), x) for x in numbers]).unsqueeze_(-1)
+
+        return cls(ranked, column(masses), column(gains))
 
     def ratio(self, losses: Tensor, weight: Tensor | float = 1.0) -> Tensor:
-        kept = self.ranked.top_share(losses, weight, self.kept)
-        return kept + self.gain * self.ranked.top_share(losses, weight, self.top)
+        return self.ranked.place(losses, weight).top_share(self.masses).mul_(self.gains).sum(0)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _checks
+from ._inputs import per_sample
 
 
 def bradley_terry(
@@ -34,11 +35,9 @@ def bradley_terry(
     >>> bradley_terry(torch.tensor([2.0, 0.0]), torch.tensor([0.0, 0.0]))
     tensor([0.1269, 0.6931])
     """
-    _checks.per_sample("chosen", chosen)
-    _checks.same_samples("rejected", rejected, "chosen", chosen)
+    wide_chosen, wide_rejected = per_sample(chosen=chosen, rejected=rejected)
     _checks.number("label_smoothing", label_smoothing, 0.0, 0.5, "It is the share of wrong labels.", open_high=True)
-    dtype = torch.promote_types(torch.promote_types(chosen.dtype, rejected.dtype), torch.float32)
-    lead = chosen.to(dtype) - rejected.to(dtype) - _checked_margin(margin, chosen)
+    lead = wide_chosen - wide_rejected - _checked_margin(margin, chosen)
     # Without smoothing the second term stays out: an infinite lead would make it 0 * inf.
     if label_smoothing == 0:
         return -F.logsigmoid(lead)

@@ -1,0 +1,92 @@
+"""What does the memory pool cost per optimizer step and per micro-batch?
+
+    python benchmarks/memory_pool_cost.py [--quick] [--memory 512] [--device cuda] [--out benchmarks/results]
+
+Per ambiguity set: `fit` of a full memory, once per optimizer step; `ratio_1` and `ratio_8`, the rule asked
+about one and eight new losses; `call`, a whole call of the reweighter on one loss with its hook, and with
+the commit and fit of the step shared out over the calls of the step. Beside them the bare `sort` and `mean`
+of the remembered losses. All of them run interleaved in the same rounds; a time is the median over rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from measuring import Row, interleaved, machine, print_table, write_csv
+
+from robustgrad import KL, AmbiguitySet, ChiSquare, CVaR, Reweighter, TotalVariation
+
+SETS: list[AmbiguitySet] = [
+    TotalVariation(0.1),
+    TotalVariation(0.1, cap=2.0),
+    TotalVariation(penalty=1.0),
+    ChiSquare(0.5),
+    ChiSquare(penalty=1.0),
+    KL(0.5),
+    KL(temperature=1.0),
+    CVaR(0.2),
+]
+CALLS = 32  # micro-batches of one sample per optimizer step
+HEADS = ["set", "memory", "fit_us", "ratio_1_us", "ratio_8_us", "call_us", "sort_us", "mean_us"]
+
+
+def step_of(ambiguity: AmbiguitySet, memory: int, device: str) -> Callable[[], None]:
+    """One optimizer step of `CALLS` calls, of a reweighter whose memory is full."""
+    reweighter = Reweighter(ambiguity, memory=memory)
+    losses = torch.nn.functional.softplus(torch.randn(64, device=device)).requires_grad_()
+
+    def step() -> None:
+        for i in range(CALLS):
+            reweighter(losses[i : i + 1])
+        reweighter.step()
+
+    for _ in range(memory // CALLS + 2):
+        step()
+    return step
+
+
+def measure(ambiguity: AmbiguitySet, memory: int, rounds: int, device: str) -> Row:
+    generator = torch.Generator().manual_seed(memory)
+    remembered = torch.randn(memory, dtype=torch.float64, generator=generator).to(device)
+    weight, unit = torch.ones_like(remembered), remembered.new_ones(())
+    step_size = remembered.new_full((), CALLS)
+
+    def fit() -> object:
+        return ambiguity.fit(remembered, weight, unit=unit, step_size=step_size)
+
+    rule, step = ambiguity.fit(remembered, weight, unit=unit, step_size=step_size), step_of(ambiguity, memory, device)
+    one, eight = remembered[:1] + 0.01, remembered[:8] + 0.01
+    spent = interleaved(
+        {
+            "fit": fit,
+            "ratio_1": lambda: rule.ratio(one, weight[:1]),
+            "ratio_8": lambda: rule.ratio(eight, weight[:8]),
+            "call": step,
+            "sort": lambda: remembered.sort(),
+            "mean": lambda: remembered.mean(),
+        },
+        rounds,
+        device,
+    )
+    spent["call"] /= CALLS
+    return {"set": repr(ambiguity), "memory": memory, **{f"{name}_us": round(us, 2) for name, us in spent.items()}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="three rounds, in seconds")
+    parser.add_argument("--memory", type=int, default=512)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    arguments = parser.parse_args()
+    rounds, device = 3 if arguments.quick else 15, arguments.device
+    rows, about = [measure(ambiguity, arguments.memory, rounds, device) for ambiguity in SETS], machine(device)
+    print_table(rows, HEADS, about)
+    write_csv(arguments.out / f"memory_pool_cost_{device}.csv", rows, about)
+
+
+if __name__ == "__main__":
+    main()

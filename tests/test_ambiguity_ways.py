@@ -1,0 +1,175 @@
+"""The ways to one answer: sorted or not, one row or many, looked at or not; each must give the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import comparing
+import inputs
+import laws
+import pytest
+import torch
+from inputs import Case
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from robustgrad.ambiguity import KL, AmbiguitySet, ChiSquare, CVaR, TotalVariation, _linear, _sorted, _tilting
+
+CHI_SQUARE = [ambiguity for ambiguity in inputs.SETS if isinstance(ambiguity, ChiSquare)]
+TYPICAL = [
+    TotalVariation(0.1),
+    TotalVariation(0.3, cap=2.0),
+    TotalVariation(penalty=0.5),
+    ChiSquare(0.5),
+    ChiSquare(1e-3),
+    ChiSquare(penalty=0.5),
+    KL(0.3),
+    KL(temperature=0.5),
+    CVaR(0.2),
+]
+each_typical = pytest.mark.parametrize("ambiguity", TYPICAL, ids=str)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def long_rows(n: int) -> dict[str, Tensor]:
+    """Rows that mislead a sample of every so-manieth loss, and ordinary ones."""
+    step = torch.arange(n, dtype=torch.float64)
+    high = normal(n, seed=1)
+    high[:: _linear._SAMPLED] += 5
+    low = normal(n, seed=2)
+    low[:: _linear._SAMPLED] -= 5
+    return {
+        "normal": normal(n),
+        "the sample is high": high,
+        "the sample is low": low,
+        "tied": (normal(n) * 2).round(),
+        "all equal": torch.full((n,), 0.3, dtype=torch.float64),
+        "one outlier": torch.where(step == 3, 1e6, normal(n)),
+        "ascending": step,
+        "geometric": -(1.05 ** step.clamp_max(600)),
+        "with -inf": torch.where(step % 7 == 0, -torch.inf, normal(n)),
+    }
+
+
+@pytest.mark.parametrize("ambiguity", CHI_SQUARE, ids=str)
+def test_elimination_is_the_scan(ambiguity: ChiSquare, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = [case for case in inputs.FINITE + inputs.MINUS_INF if not case.losses[case.valid].isneginf().all()]
+    eliminated = [comparing.alone(ambiguity, case).ratio for case in cases]
+    monkeypatch.setattr(_linear, "readable", lambda tensor: False)
+    for case, ratio in zip(cases, eliminated, strict=True):
+        laws.close_ratio(case.reference, ratio, comparing.alone(ambiguity, case).ratio, (ambiguity, case))
+
+
+@pytest.mark.parametrize("name", long_rows(1))
+@each_typical
+def test_long_rows_are_optimal(ambiguity: AmbiguitySet, name: str) -> None:
+    for n in (_linear._LONG, _linear._SAMPLED * _linear._LONG + 5):
+        losses = long_rows(n)[name]
+        case = Case(name, losses)
+        if name == "with -inf":
+            laws.assert_finite_losses_decide(comparing.alone, ambiguity, case)
+        else:
+            laws.assert_optimal(comparing.alone, ambiguity, case)
+            laws.assert_feasible(comparing.alone, ambiguity, case)
+
+
+@each_typical
+def test_weighted_long_rows_are_optimal(ambiguity: AmbiguitySet) -> None:
+    n = _linear._SAMPLED * _linear._LONG
+    case = Case("weighted", normal(n), normal(n, seed=3).abs() ** 4, normal(n, seed=4) < 1)
+    laws.assert_optimal(comparing.alone, ambiguity, case)
+
+
+@pytest.mark.parametrize("shape", [(5, _linear._LONG), (2, 3, _linear._LONG), (70, 64)])
+@each_typical
+def test_rows_are_independent_to_the_bit(ambiguity: AmbiguitySet, shape: tuple[int, ...]) -> None:
+    """Also of how long another row takes: the first is easy, the last ends in the fallback."""
+    losses = normal(*shape)
+    hard = losses.clone()
+    hard[-1] = -(1.5 ** torch.arange(shape[-1]).double().clamp_max(140))
+    bad = losses.clone()
+    bad[-1] = torch.nan
+    ratio = ambiguity.solve(losses).ratio
+    assert torch.equal(ambiguity.solve(hard).ratio[:-1], ratio[:-1])
+    assert torch.equal(ambiguity.solve(bad).ratio[:-1], ratio[:-1])
+    alone = ambiguity.solve(losses.reshape(-1, shape[-1])[0]).ratio
+    torch.testing.assert_close(ratio.reshape(-1, shape[-1])[0], alone, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("k", [1, 2, 700, 40_000, 65_000, 70_000])
+def test_selection_from_a_part_is_the_selection(k: int) -> None:
+    rows = long_rows(70_000)
+    misleading = normal(70_000)
+    misleading[:: 70_000 // _sorted._SAMPLE] += 5
+    for name, losses in (rows | {"misleading": misleading}).items():
+        assert _sorted._kth(losses, k).item() == losses.sort().values[k - 1].item(), (name, k)
+
+
+def test_selection_reads_only_a_part() -> None:
+    inside, below = _sorted._around(normal(70_000), 35_000)
+    assert len(inside) < 20_000 and 0 < below < 35_000
+
+
+@pytest.mark.parametrize("radius", [1e-9, 1e-3, 0.3, 3.0])
+def test_kl_of_one_row_is_that_of_many(radius: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain numbers, tensors with a look, tensors without: three ways to one temperature."""
+    ways: list[Callable[[Tensor], Tensor]] = [
+        lambda losses: KL(radius).solve(losses).ratio,
+        lambda losses: KL(radius).solve(losses.expand(70, -1)).ratio[0],
+    ]
+    found = [way(normal(64)) for way in ways]
+    monkeypatch.setattr(_tilting, "readable", lambda tensor: False)
+    found.append(ways[0](normal(64)))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("ambiguity", TYPICAL, ids=str)
+def test_remembered_losses_of_equal_weight_are_the_uniform_base(ambiguity: AmbiguitySet) -> None:
+    losses, new = normal(100), normal(9, seed=1)
+    unit, step_size = torch.ones((), dtype=torch.float64), torch.full((), 8.0, dtype=torch.float64)
+    ratios = []
+    for weight in (torch.ones(100), torch.linspace(1, 1 + 1e-12, 100, dtype=torch.float64)):
+        rule = ambiguity.fit(losses, weight.double(), unit=unit, step_size=step_size)
+        ratios.append(rule.ratio(new, torch.ones(9, dtype=torch.float64)))
+    torch.testing.assert_close(*ratios, rtol=1e-9, atol=1e-9)
+
+
+@each_typical
+def test_a_single_row_traces_as_one_graph(ambiguity: AmbiguitySet) -> None:
+    torch._dynamo.reset()
+    traced = torch.compile(lambda losses: ambiguity.solve(losses).ratio, fullgraph=True, backend="eager")
+    for losses in (normal(7).float(), normal(_linear._LONG)):
+        torch.testing.assert_close(traced(losses), ambiguity.solve(losses).ratio, rtol=1e-5, atol=1e-6)
+
+
+class NoBlas(TorchDispatchMode):
+    """Refuses what cuBLAS would compute: in deterministic mode that raises without an environment variable."""
+
+    BLAS = ("mm", "bmm", "addmm", "mv", "dot", "vdot", "baddbmm", "linalg_vecdot")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in self.BLAS:
+            raise RuntimeError(f"{func} on an accelerator")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("ambiguity", inputs.SETS, ids=str)
+def test_off_the_cpu_nothing_is_looked_at_and_no_blas_is_used(ambiguity: AmbiguitySet) -> None:
+    """Meta tensors have no values: whatever would read one raises."""
+    with NoBlas():
+        for shape in ((8,), (_linear._LONG,), (_sorted._LONG,), (3, _linear._LONG)):
+            assert ambiguity.solve(torch.empty(shape, device="meta")).ratio.shape == shape
+        losses, one = torch.empty(512, dtype=torch.float64, device="meta"), torch.empty((), device="meta")
+        rule = ambiguity.fit(losses, torch.ones_like(losses), unit=one, step_size=one)
+        assert rule.ratio(losses[:3], torch.ones_like(losses[:3])).shape == (3,)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (0, _linear._LONG), (2, 0, _linear._LONG)])
+@each_typical
+def test_no_rows(ambiguity: AmbiguitySet, shape: tuple[int, ...]) -> None:
+    assert ambiguity.solve(torch.empty(shape)).ratio.shape == shape

