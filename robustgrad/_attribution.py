@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from . import _checks
 from ._reductions import Reduction
 from .ambiguity._problem import wide_dtype
 
@@ -15,6 +16,20 @@ _REMEDIES = (
     "Hand the per-sample losses over yourself with reweight(losses), or compute the loss with operations that "
     "keep one row per sample up to its last mean or sum."
 )
+
+
+def check_loss(loss: Tensor) -> None:
+    """The scalar that backward() is called on."""
+    _checks.floating("loss", loss, "Hand over the scalar that backward() is called on.")
+    if loss.dim() != 0:
+        raise ValueError(
+            f"loss must be a scalar, got shape {tuple(loss.shape)}. Losses by sample go to reweight(losses)."
+        )
+    if loss.grad_fn is None:
+        raise ValueError(
+            "loss must have a gradient, got one that is detached, computed under no_grad, or of a frozen model. "
+            "Hand over the scalar that backward() is called on."
+        )
 
 
 def of_samples(terms: list[Reduction], ends: list[str], expected: int | None) -> tuple[list[Reduction], int]:

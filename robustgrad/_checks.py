@@ -182,20 +182,6 @@ def reweightable(losses: Tensor, *, hooked: bool, by_token: bool, with_gradient:
         )
 
 
-def captured_loss(loss: Tensor) -> None:
-    """The scalar that backward() is called on."""
-    floating("loss", loss, "Hand over the scalar that backward() is called on.")
-    if loss.dim() != 0:
-        raise ValueError(
-            f"loss must be a scalar, got shape {tuple(loss.shape)}. Losses by sample go to reweight(losses)."
-        )
-    if loss.grad_fn is None:
-        raise ValueError(
-            "loss must have a gradient, got one that is detached, computed under no_grad, or of a frozen model. "
-            "Hand over the scalar that backward() is called on."
-        )
-
-
 def raise_nonfinite(bad: Tensor) -> None:
     where = bad.nonzero().flatten().tolist()
     found = f"NaN or +inf at {where} of {len(bad)} samples" if where else "NaN or +inf on another rank"

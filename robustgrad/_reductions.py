@@ -90,7 +90,7 @@ def record(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     if func in _LOSSES:
         return _record_loss(func, args, kwargs)
     tensor = args[0] if args else kwargs.get("input")
-    if not isinstance(tensor, Tensor) or not tensor.requires_grad or tensor.dim() == 0:
+    if not isinstance(tensor, Tensor) or not tensor.requires_grad or tensor.dim() == 0 or tensor.numel() == 0:
         return func(*args, **kwargs), None
     rest = args[1:]
     kwargs = {name: value for name, value in kwargs.items() if name != "input"}
@@ -121,7 +121,7 @@ def _record_loss(func: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any,
         return func(*args, **kwargs), None
     given["reduction"] = "none"
     entries = func(*call.args, **call.kwargs)
-    if not entries.requires_grad:
+    if not entries.requires_grad or entries.numel() == 0:
         return func(*args, **kwargs), None
     by_target = func in _OF_TARGETS and not given["target"].is_floating_point()
     if how == "mean" and not by_target:

@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge
 from torch.overrides import TorchFunctionMode
 
 from . import _checks
-from ._attribution import check_complete, of_samples, split, tied
+from ._attribution import check_complete, check_loss, of_samples, split, tied
 from ._graph import Node, ancestors, feeding
 from ._reductions import WATCHED, Reduction, record
 
@@ -121,7 +121,7 @@ class Capture(TorchFunctionMode):
         """
         if torch.is_grad_enabled():
             with torch._C.DisableTorchFunction():  # nothing that happens here is the loop's
-                _checks.captured_loss(loss)
+                check_loss(loss)
                 self._attach(loss)
         return loss
 

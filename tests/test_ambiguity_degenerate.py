@@ -211,3 +211,9 @@ def test_base_and_mask_have_an_effect(ambiguity: AmbiguitySet) -> None:
     plain = ambiguity.solve(losses)
     assert (ambiguity.solve(losses, base=base).weights - plain.weights).abs().max() > 1e-2
     assert (ambiguity.solve(losses, mask=base < 9).weights - plain.weights).abs().max() > 1e-2
+
+
+def test_cvar_of_a_share_without_digits() -> None:
+    """The smallest positive number over 2/3 rounds to itself, and the weights would sum to 4/3."""
+    worst = CVaR(5e-324).solve(torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64))
+    assert worst.weights.tolist() == [0.0, 0.5, 0.5]

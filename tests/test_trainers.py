@@ -323,6 +323,8 @@ def test_errors_say_what_to_do(tmp_path: Path) -> None:
             robustify(DPO.build(tmp_path, loss_type=loss_type), SET, **options)
     with pytest.raises(ValueError, match="packing=False"):
         robustify(SFT.build(tmp_path, packing=True, max_length=8), SET)
+    with pytest.raises(ValueError, match=r"pool='window', got 1.*gradient_accumulation_steps"):
+        robustify(REWARD.build(tmp_path, 1, 1), SET, pool="window")
     running = REWARD.build(tmp_path)
     running.is_in_train = True
     with pytest.raises(ValueError, match=r"before trainer\.train"):

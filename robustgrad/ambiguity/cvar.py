@@ -36,22 +36,27 @@ class CVaR(AmbiguitySet):
         _checks.number("alpha", self.alpha, 0.0, 1.0, "It is the share of losses that count.", open_low=True)
 
     @property
+    def _share(self) -> float:
+        """alpha, kept away from the subnormal numbers, whose quotients have no digits left."""
+        return max(self.alpha, 1e-300)
+
+    @property
     def saturating_size(self) -> float:
-        return 1 / self.alpha
+        return 1 / self._share
 
     def memory_size(self, step_size: int) -> int:
-        return max(super().memory_size(step_size), math.ceil(50 / self.alpha))
+        return max(super().memory_size(step_size), math.ceil(50 / self._share))
 
     def _worst_case(self, problem: Problem) -> Tensor:
         if self.alpha == 1:
             return problem.plain()
-        return top_share(problem, self.alpha).div_(self.alpha)
+        return top_share(problem, self._share).div_(self._share)
 
     def _threshold(self, problem: Problem) -> Tensor:
-        return quantile(problem, self.alpha)
+        return quantile(problem, self._share)
 
     def fit(self, losses: Tensor, weight: Tensor, *, unit: Tensor | float, step_size: Tensor) -> TopRule:
-        return TopRule.of(Ranked.of(losses, weight), [self.alpha], [1 / self.alpha])
+        return TopRule.of(Ranked.of(losses, weight), [self._share], [1 / self._share])
 
     def _divergence(self, ratio: Tensor) -> Tensor:
         # A constant, so that its mean under any base is the maximum itself.

@@ -94,3 +94,12 @@ def dpo_losses(types: list[str], keeps: bool) -> None:
             f"loss_type must have one loss per pair, got {types}: its 'sft' term is one number for the batch. "
             'Use auxiliary="keep" to leave that term its own gradient beside another loss, or leave it out.'
         )
+
+
+def more_than_one_sample(args: Any, pool: str) -> None:
+    step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if pool == "window" and step == 1:
+        raise ValueError(
+            "an optimizer step must have several samples with pool='window', got 1: that is plain averaging. "
+            'Use pool="memory", or raise gradient_accumulation_steps.'
+        )

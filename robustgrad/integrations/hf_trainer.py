@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..ambiguity import AmbiguitySet
-from ..capture import Capture
 from ..reweighter import Reweighter
 from . import _checks, _columns, _state
 from ._columns import Of
+from ._router_loss import keeping_router_loss
 
 try:
     from transformers import Trainer, TrainerCallback
@@ -151,6 +150,7 @@ class CapturingTrainer(RobustTrainer):
         **options: Any,
     ) -> None:
         super().__init__(trainer, ambiguity, **options)
+        _checks.more_than_one_sample(trainer.args, self.reweighter.pool)
         self.scores, self.groups, self.auxiliary = scores, groups, auxiliary
         self.window: list[Any] = []
         self.samples: int | None = None
@@ -201,7 +201,7 @@ class CapturingTrainer(RobustTrainer):
             groups=self._per_row(self.groups, inputs),
             auxiliary=self.auxiliary,
         )
-        with capture, _keeping_router_loss(self.trainer.accelerator.unwrap_model(model), capture):
+        with capture, keeping_router_loss(self.trainer.accelerator.unwrap_model(model), capture):
             out = self.original["compute_loss"](model, inputs, return_outputs=return_outputs, **kwargs)
             capture(out[0] if return_outputs else out)
         self.calls += 1
@@ -233,24 +233,3 @@ class CapturingTrainer(RobustTrainer):
             if value is not None:
                 setattr(trainer, name, value)
         self.due = False
-
-
-@contextmanager
-def _keeping_router_loss(model: torch.nn.Module, capture: Capture) -> Iterator[None]:
-    """The load-balancing loss of a mixture of experts belongs to no sample, though its shape may look so."""
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    if not hasattr(text, "router_aux_loss_coef"):
-        yield
-        return
-
-    def keep(module: Any, args: Any, output: Any) -> None:
-        aux = getattr(output, "aux_loss", None)
-        if isinstance(aux, Tensor) and aux.dim() == 0:
-            capture.keep(aux)
-
-    handle = model.register_forward_hook(keep)
-    try:
-        yield
-    finally:
-        handle.remove()
