@@ -10,7 +10,7 @@ demo: $(READY)
 	$(BIN)/python examples/reward_model.py $(ARGS)
 
 test: $(READY)
-	$(BIN)/pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
