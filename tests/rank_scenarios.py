@@ -242,23 +242,3 @@ def groups_across_ranks(rank: int, world: int) -> Tensor:
     ids = torch.tensor([[7, 2**60 + 1], [7, 2**60]][rank])
     Reweighter(CVaR(0.5), pool="batch")(losses, groups=ids).sum().backward()
     return losses.grad
-
-
-def accelerated(rank: int, world: int) -> dict[str, Any]:
-    """10 samples in batches of 4 on two ranks: the last round is padded with samples that came before."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "ACCELERATE_USE_CPU": "1"}
-    from accelerate import Accelerator
-    from torch.utils.data import DataLoader
-
-    accelerator = Accelerator(cpu=True)
-    net = model()
-    optimizer: Any = RobustOptimizer(torch.optim.SGD(net.parameters(), lr=0.3), ChiSquare(0.5))
-    reweighter = optimizer.reweighter
-    loader = DataLoader(data().reshape(-1, 4), batch_size=4)
-    net, optimizer, loader = accelerator.prepare(net, optimizer, loader)
-    for batch in loader:
-        losses = reweighter(losses_of(net, batch))
-        accelerator.backward(losses.mean())
-        optimizer.step()
-        optimizer.zero_grad()
-    return {"parameters": parameters(net)}

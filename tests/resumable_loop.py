@@ -60,4 +60,4 @@ if rank == 0:
     torch.save(torch.cat([p.detach().flatten() for p in net.parameters()]), Path(folder) / "final.pt")
 if world > 1:
     dist.barrier()
-    dist.destroy_process_group()
+    os._exit(0)  # gloo now and then aborts a process that takes it down in order

@@ -64,6 +64,14 @@ def test_quickstart_changes_two_lines() -> None:
     assert len(re.findall(r"# robustgrad$", text, flags=re.MULTILINE)) == 2
 
 
+@pytest.mark.parametrize(("name", "lines"), [("accumulation", 3), ("two_ranks", 1)])
+def test_small_examples(name: str, lines: int) -> None:
+    done = run(EXAMPLES / f"{name}.py", "--smoke")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "" and len(done.stdout.splitlines()) == lines
+    assert all(re.search(r"[\d.]+% right, [\d.]+% in the minority", line) for line in done.stdout.splitlines())
+
+
 # --- made pairs ---
 
 

@@ -6,7 +6,7 @@ import torch
 from test_ambiguity_sync import NoSync
 from test_objectives_robust import Data, each_objective
 
-from robustgrad import ChiSquare, CVaR
+from robustgrad import CVaR
 from robustgrad.baselines import (
     GroupDRO,
     doro_ratio,
@@ -34,7 +34,7 @@ def test_ratios_of_losses() -> None:
     with NoSync():
         for form in ("normalised", "released"):
             kldpo_ratio(losses, temperature=0.5, form=form)
-        doro_ratio(losses, ChiSquare(0.5), trimmed=0.1)
+        doro_ratio(losses, CVaR(0.5), trimmed=0.1)
         hardest_fraction_ratio(losses, fraction=0.2, factor=2.0)
         inverse_frequency_ratio(torch.arange(32) // 5)
         dr_dpo_loss(losses, temperature=0.5).backward()

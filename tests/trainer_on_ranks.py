@@ -5,12 +5,14 @@ python -m torch.distributed.run --standalone --nproc_per_node=2 tests/trainer_on
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import test_trainers
 import tiny
 import torch
+import torch.distributed as dist
 from test_trainers import DPO, KTO, REWARD, SET, SFT
 
 from robustgrad.integrations.trl import robustify
@@ -33,3 +35,5 @@ def ten_times(case: test_trainers.Case) -> object:
 
 if __name__ == "__main__":
     main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+    dist.barrier()
+    os._exit(0)  # gloo now and then aborts a process that takes it down in order
