@@ -16,19 +16,10 @@ from pathlib import Path
 
 import torch
 from measuring import Row, interleaved, machine, print_table, write_csv
+from weight_solver_throughput import SETS
 
-from robustgrad import KL, AmbiguitySet, ChiSquare, CVaR, Reweighter, TotalVariation
+from robustgrad import AmbiguitySet, Reweighter
 
-SETS: list[AmbiguitySet] = [
-    TotalVariation(0.1),
-    TotalVariation(0.1, cap=2.0),
-    TotalVariation(penalty=1.0),
-    ChiSquare(0.5),
-    ChiSquare(penalty=1.0),
-    KL(0.5),
-    KL(temperature=1.0),
-    CVaR(0.2),
-]
 CALLS = 32  # micro-batches of one sample per optimizer step
 HEADS = ["set", "memory", "fit_us", "ratio_1_us", "ratio_8_us", "call_us", "sort_us", "mean_us"]
 
