@@ -45,7 +45,7 @@ for step in range(start, 30):
     for loss in losses:
         loss.backward()
         if step == hang_at:
-            (Path(folder) / "hanging").touch()
+            (Path(folder) / f"hanging-{rank}").write_text(str(os.getpid()))
             time.sleep(100)
     for p in net.parameters() if world > 1 else ():
         dist.all_reduce(p.grad)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -40,9 +41,14 @@ def killed(folder: Path, pool: str, ranks: int) -> None:
         stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 90
-    while not (folder / "hanging").exists() and time.monotonic() < deadline:
+    while len(pids := [file.read_text() for file in folder.glob("hanging-*")]) < ranks or "" in pids:
+        assert time.monotonic() < deadline, "the loop did not come to the step where it hangs"
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
+    # The launcher gives each rank a process group of its own: those die by themselves.
+    for pid in map(int, pids):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     process.wait()
     assert (folder / "checkpoint.pt").exists() and not (folder / "final.pt").exists()
 
