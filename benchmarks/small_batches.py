@@ -228,8 +228,8 @@ def draw(rows: list[Row], path: Path) -> None:
         panel.set_xticks(range(len(SETS)), SETS, rotation=20)
         panel.set(yscale="log", title=case)
         panel.grid(alpha=0.3)
-    panels[0].set_ylabel("s: 0 robust optimum, 1 plain training")
-    panels[-1].legend(fontsize=8)
+    panels[0].set_ylabel("s: 0 robust optimum, 1 plain optimum")
+    panels[0].legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=4)
     figure.savefig(path, dpi=110)
 
 
