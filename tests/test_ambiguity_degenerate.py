@@ -217,3 +217,8 @@ def test_cvar_of_a_share_without_digits() -> None:
     """The smallest positive number over 2/3 rounds to itself, and the weights would sum to 4/3."""
     worst = CVaR(5e-324).solve(torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64))
     assert worst.weights.tolist() == [0.0, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("ambiguity", [ChiSquare(1e308), KL(1e308), KL(temperature=5e-324)], ids=repr)
+def test_the_largest_sets_give_the_maximum(ambiguity: AmbiguitySet) -> None:
+    assert ambiguity.solve(torch.tensor([0.0, 1.0, 1.0])).weights.tolist() == [0.0, 0.5, 0.5]

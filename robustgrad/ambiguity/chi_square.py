@@ -69,7 +69,8 @@ class ChiSquare(AmbiguitySet):
         return problem.below_top() if self.penalty is None else (problem.distance(), 1.0)
 
     def _line(self, drop: Tensor, unit: Tensor | float, base: Tensor | None) -> Line:
-        return line(drop, base, Limit(self.radius or 0.0, self.penalty and self.penalty / unit))
+        # Any set saturates long before; twice the largest float would be infinite.
+        return line(drop, base, Limit(min(self.radius or 0.0, 1e100), self.penalty and self.penalty / unit))
 
     def fit(self, losses: Tensor, weight: Tensor, *, unit: Tensor | float, step_size: Tensor) -> LineRule:
         problem = Problem.remembered(losses, weight)

@@ -77,7 +77,7 @@ class KL(AmbiguitySet):
 
     def _theta(self, drop: Tensor, unit: Tensor | float, problem: Problem) -> Tensor | float:
         if self.temperature is not None:
-            return unit / self.temperature
+            return unit / max(self.temperature, 1e-150)  # the maximum alone; infinity times 0 would be NaN
         return inverse_temperature(drop, problem, self.radius) if self.radius else 0.0
 
     def fit(self, losses: Tensor, weight: Tensor, *, unit: Tensor | float, step_size: Tensor) -> TiltRule:
