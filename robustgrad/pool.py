@@ -146,25 +146,50 @@ class Pool(ABC):
         """Whether the last call was plain averaging."""
 
 
-class BatchPool(Pool):
+class SolvedPool(Pool):
+    """What competes is solved exactly, all at once: each sample is among the losses of its own pool."""
+
+    _together: Samples | None = None  # of all ranks
+
+    def _solved(self, samples: Samples) -> Tensor:
+        """The ratio of each of these samples, which compete with those of all ranks."""
+        self._together, own = self.ranks.gather(samples)
+        if len(self._together.scores) == 0:
+            return torch.empty_like(samples.scores)
+        return self.ambiguity.solve_unchecked(self._together.grouped(), self._together.weight).wide_ratio[own]
+
+    def _everything(self) -> Samples:
+        # A checkpoint holds no more than what this rank contributed.
+        return (Samples.join(self._step) if self._together is None else self._together).counted()
+
+    def _competing(self) -> WorstCase:
+        together = self._everything()
+        return self.ambiguity.solve_unchecked(together.grouped(), together.weight)
+
+    def _size(self) -> Tensor:
+        return (self._everything().weights > 0).sum()
+
+    def _plain(self) -> Tensor:
+        return self._size() <= 1
+
+
+class BatchPool(SolvedPool):
     """The samples of each call, over all ranks, compete among themselves: the papers' literal algorithm.
 
     A pool of one sample is plain averaging, and few samples saturate a set; it says so once.
     """
 
     _warned = False
-    _together: Samples | None = None
 
     def _ratio(self, samples: Samples) -> Tensor:
-        self._together, own = self.ranks.gather(samples)
-        if len(self._together.scores) == 0:
-            return torch.empty_like(samples.scores)
-        self._warn(len(self._together.scores))
-        return self.ambiguity.solve_unchecked(self._together.grouped(), self._together.weight).wide_ratio[own]
+        ratio = self._solved(samples)
+        if self._together is not None:
+            self._warn(len(self._together.scores))
+        return ratio
 
     def _warn(self, n: int) -> None:
         least = self.ambiguity.saturating_size
-        if self._warned or n > least:
+        if self._warned or n == 0 or n > least:
             return
         self._warned = True
         effect = "is plain averaging" if n == 1 else "puts all weight on its largest loss"
@@ -174,17 +199,3 @@ class BatchPool(Pool):
             f'Use pool="memory" (the default){larger}.',
             stacklevel=5,
         )
-
-    def _last(self) -> Samples:
-        # A checkpoint holds no more than what this rank contributed.
-        return self._latest if self._together is None else self._together.counted()
-
-    def _competing(self) -> WorstCase:
-        last = self._last()
-        return self.ambiguity.solve_unchecked(last.grouped(), last.weight)
-
-    def _size(self) -> Tensor:
-        return (self._last().weights > 0).sum()
-
-    def _plain(self) -> Tensor:
-        return self._size() <= 1

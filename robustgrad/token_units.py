@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
+from .ambiguity.groups import group_slots
 from .samples import Samples
 
 Unit = Literal["token", "sequence"] | Tensor
@@ -72,11 +73,7 @@ def _sequences(tokens: Samples, shape: torch.Size) -> Samples:
 
 def _spans(tokens: Samples, ids: Tensor) -> Units:
     """As many slots as tokens, most of them of weight 0: how many spans there are is known to the device only."""
-    flat = ids.detach().reshape(-1)
-    order = flat.argsort(stable=True)
-    new = torch.ones_like(order)
-    new[1:] = (flat[order][1:] != flat[order][:-1]).long()
-    slot = torch.empty_like(order).scatter_(0, order, new.cumsum(0) - 1)
+    slot = group_slots(ids.detach().reshape(-1))
     weights = tokens.weights
     zero = torch.zeros_like(weights)
     total = zero.index_add(0, slot, torch.where(weights > 0, weights * tokens.scores, 0.0))

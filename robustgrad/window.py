@@ -8,15 +8,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .ambiguity import WorstCase
-from .pool import Pool
+from .pool import SolvedPool
 from .samples import Samples
 
 _SAME = 1e-6  # relative difference of losses that are the same but for rounding
 _OTHER = 1e-3  # and of losses that cannot be
 
 
-class WindowPool(Pool):
+class WindowPool(SolvedPool):
     """The samples of one optimizer step, over all its calls and all ranks, compete among themselves.
 
     Exact for the step, at the cost of a second forward pass: `begin`, then the calls of the survey, `end`;
@@ -24,7 +23,6 @@ class WindowPool(Pool):
     """
 
     _surveyed: list[Samples] | None = None  # while the survey lasts
-    _together: Samples | None = None
     _queue: list[Samples] | None = None  # with their ratios, those that have not come again yet
 
     @property
@@ -38,12 +36,7 @@ class WindowPool(Pool):
     def end(self) -> None:
         calls, self._surveyed = self._surveyed or [], None
         _check_has_calls(calls)
-        self._together, own = self.ranks.gather(Samples.join(calls))
-        if len(self._together.scores) == 0:
-            ratio = self._together.scores
-        else:
-            ratio = self.ambiguity.solve_unchecked(self._together.grouped(), self._together.weight).wide_ratio
-        parts = torch.split(ratio[own], [len(call.scores) for call in calls])
+        parts = torch.split(self._solved(Samples.join(calls)), [len(call.scores) for call in calls])
         self._queue = [call._replace(ratio=part) for call, part in zip(calls, parts, strict=True)]
 
     def abandon(self) -> None:
@@ -70,19 +63,6 @@ class WindowPool(Pool):
 
     def _overdue(self) -> bool:
         return False  # the next survey begins a step
-
-    def _competing(self) -> WorstCase:
-        together = self._everything()
-        return self.ambiguity.solve_unchecked(together.grouped(), together.weight)
-
-    def _everything(self) -> Samples:
-        return (Samples.join(self._step) if self._together is None else self._together).counted()
-
-    def _size(self) -> Tensor:
-        return (self._everything().weights > 0).sum()
-
-    def _plain(self) -> Tensor:
-        return self._size() <= 1
 
 
 def _comes_later(samples: Samples, queue: list[Samples]) -> bool:

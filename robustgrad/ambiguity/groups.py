@@ -17,13 +17,18 @@ def group_means(losses: Tensor, groups: Tensor, weight: Tensor | None = None) ->
         groups: (n,) integer ids; any values.
         weight: (n,) base weights of the samples, 0 where a sample does not count; None is equal.
     """
-    order = groups.argsort(stable=True)
-    ids = groups[order]
-    first = torch.ones_like(ids, dtype=torch.bool)
-    first[1:] = ids[1:] != ids[:-1]
-    slot = torch.empty_like(order).scatter_(0, order, first.cumsum(0) - 1)
+    slot = group_slots(groups)
     share = torch.ones_like(losses) if weight is None else weight.to(losses.dtype)
     counted = torch.where(share > 0, share * losses, 0.0)
     total = torch.zeros_like(losses).index_add_(0, slot, counted)
     mass = torch.zeros_like(losses).index_add_(0, slot, share)
     return (total / torch.where(mass > 0, mass, 1.0))[slot]
+
+
+def group_slots(groups: Tensor) -> Tensor:
+    """The ids (n,) numbered 0, 1, ... in their order: how many there are is known to the device only."""
+    order = groups.argsort(stable=True)
+    ids = groups[order]
+    first = torch.ones_like(ids, dtype=torch.bool)
+    first[1:] = ids[1:] != ids[:-1]
+    return torch.empty_like(order).scatter_(0, order, first.cumsum(0) - 1)
