@@ -57,7 +57,8 @@ class _Memory:
         """What the rule makes of the remembered losses: of the set itself, unless that is capped."""
         weights = self.samples.weights
         problem = Problem.unchecked(self.units.out_of(self.scores), weights)
-        ratio = self.rule.ratio(self.scores, weights)
+        # A rule spreads over the weight of a loss that it meets; without weight there is nothing to spread over.
+        ratio = torch.where(weights > 0, self.rule.ratio(self.scores, weights), 0.0)
         return WorstCase(ambiguity, problem, problem.finish(ratio / problem.expect(ratio)))
 
     def state_dict(self) -> dict[str, Any]:
@@ -113,7 +114,7 @@ class MemoryPool(Pool):
             self._exchange()
 
     def _exchange(self) -> None:
-        if self.ranks.group is None:
+        if self.ranks.group is None or self._exchanged == len(self._step):
             return
         together, _ = self.ranks.gather(Samples.join(self._step[self._exchanged :]))
         self._step[self._exchanged :] = [together]
