@@ -47,6 +47,11 @@ class Pool(ABC):
         return ratio
 
     @property
+    def surveying(self) -> bool:
+        """Whether calls are only taken note of, and get ratio 1."""
+        return False
+
+    @property
     def started(self) -> bool:
         return bool(self._step)
 
@@ -82,7 +87,7 @@ class Pool(ABC):
             raise RuntimeError(f"an optimizer step must end, got {waiting} losses of this rank without. {remedy}")
         warnings.warn(
             f"{waiting} losses came without an optimizer step and are now taken as one step. {remedy}",
-            stacklevel=5,
+            stacklevel=7,
         )
         return True
 
@@ -197,5 +202,5 @@ class BatchPool(SolvedPool):
         warnings.warn(
             f"{self.ambiguity!r} over a batch pool of {n} {effect}: nothing is robust about such a step. "
             f'Use pool="memory" (the default){larger}.',
-            stacklevel=5,
+            stacklevel=7,
         )
