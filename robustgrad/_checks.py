@@ -219,18 +219,3 @@ def token_units(losses: Tensor, units: object, scores: Tensor | None, groups: Te
             fits("scores", scores, rows)
     if groups is not None and not units_are_sequences:
         raise ValueError("groups must come with units='sequence', got other units. Give the spans as units= instead.")
-
-
-def same_configuration(state: dict[str, object], version: int, configuration: dict[str, object]) -> None:
-    """A checkpoint of a Reweighter that was set up like this one."""
-    if not isinstance(state, dict) or not {"version", "configuration", "pool"} <= state.keys():
-        raise ValueError("state must come from Reweighter.state_dict(), got something else. Check what was loaded.")
-    if state["version"] != version:
-        raise ValueError(f"state must have version {version}, got {state['version']!r}. Start the memory afresh.")
-    saved = state["configuration"]
-    for name, value in configuration.items():
-        if saved.get(name) != value:  # type: ignore[attr-defined]
-            raise ValueError(
-                f"state must have {name}={value}, as this Reweighter, got {saved.get(name)}. "  # type: ignore[attr-defined]
-                "Build the Reweighter as it was saved, or start its memory afresh."
-            )

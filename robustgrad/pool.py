@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from . import _state_checks
 from .ambiguity import AmbiguitySet, WorstCase
 from .distributed import Ranks
 from .samples import Samples
@@ -128,9 +129,9 @@ class Pool(ABC):
         return {"waiting": waiting, "marked": self._marked, "expects_steps": self.expects_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        waiting = {name: x.clone() for name, x in state["waiting"].items()}
-        self._step = [Samples(**waiting)] if waiting else []
-        self._marked, self.expects_steps = state["marked"], state["expects_steps"]
+        self._step = [Samples.restored(state["waiting"])] if state["waiting"] else []
+        self._marked = _state_checks.part(state, "marked", bool)
+        self.expects_steps = _state_checks.part(state, "expects_steps", bool)
 
     def _finish_step(self) -> None:  # noqa: B027 - a pool without a memory takes nothing along
         """Take in the samples of the step that has ended."""

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import _checks
+from . import _checks, _state_checks
 from .ambiguity import AmbiguitySet
 from .distributed import Ranks
 from .pools import POOLS, make_pool
@@ -150,10 +150,13 @@ class Ratios:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises: ValueError: the state stems from another version or configuration, naming which."""
-        _checks.same_configuration(state, _VERSION, self._configuration())
-        self._pool.load_state_dict(state["pool"])
-        self._nonfinite = state["nonfinite"]
+        """Raises: ValueError: not a state, or of another version or configuration; nothing was changed then."""
+        _state_checks.same_configuration(state, _VERSION, self._configuration())
+        pool = make_pool(self.pool, self.ambiguity, self._ranks, self._memory)
+        with _state_checks.taken_as_a_whole():
+            pool.load_state_dict(state["pool"])
+            nonfinite = _state_checks.count(state, "nonfinite")
+        self._pool, self._nonfinite = pool, nonfinite
 
     def _configuration(self) -> dict[str, Any]:
         return {"ambiguity": repr(self.ambiguity), "pool": self.pool, "memory": self._memory or None}

@@ -14,7 +14,7 @@ import robustgrad
 PACKAGE = Path(robustgrad.__file__).parent
 # Each module may import those before it; what stands on one line may not import each other.
 LAYERS = [
-    {"_version", "_checks"},
+    {"_version", "_checks", "_state_checks"},
     {"_token_checks", "ambiguity"},
     {"objectives", "npg"},
     {"_units", "samples", "hook", "_graph"},
