@@ -15,7 +15,7 @@ PACKAGE = Path(robustgrad.__file__).parent
 # Each module may import those before it; what stands on one line may not import each other.
 LAYERS = [
     {"_version", "_checks"},
-    {"_token_checks", "ambiguity"},
+    {"_token_checks", "_conjugate_gradient", "ambiguity"},
     {"objectives", "npg"},
     {"_units", "samples", "hook", "_graph"},
     {"distributed", "token_units", "_reductions"},
