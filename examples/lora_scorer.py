@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel, get_peft_model
 from preference_pairs import Pair
 from torch import Tensor
 
@@ -23,7 +23,7 @@ class ModelError(ValueError):
 
 
 @contextmanager
-def loading(name: str) -> Iterator[None]:
+def loading(name: str, option: str = "--model") -> Iterator[None]:
     """A new reward head is intended and needs no report; a failure gets our own explanation."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -33,7 +33,7 @@ def loading(name: str) -> Iterator[None]:
             warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
             yield
     except (OSError, ValueError) as error:
-        raise ModelError(f"cannot load --model {name}: {error}") from error
+        raise ModelError(f"cannot load {option} {name}: {error}") from error
 
 
 def packaged_model() -> str:
@@ -62,6 +62,11 @@ def encode(tokenizer: transformers.PreTrainedTokenizerBase, pairs: Sequence[Pair
     return list(zip(ids[::2], ids[1::2], strict=True))
 
 
+def saved_scorer(folder: str) -> tuple[transformers.PreTrainedTokenizerBase, PeftModel]:
+    """What `Scorer.save` wrote: the tokenizer, and the model with its reward head and adapters."""
+    return load_tokenizer(folder), AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+
+
 class Scorer:
     """Two with the same name and seed are equal, reward head and adapters included."""
 
@@ -82,6 +87,11 @@ class Scorer:
         inputs = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(self.model.device)
         chosen, rejected = self.model(**inputs).logits.squeeze(-1).chunk(2)
         return chosen, rejected
+
+    def save(self, folder: Path) -> None:
+        """Reward head, adapters and tokenizer; the pretrained model is found again by its name."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
 
     @torch.inference_mode()
     def leads(self, pairs: Sequence[Encoded], size: int = 32) -> Tensor:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
-import shlex
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from lora_policy import TINY, Policy, packaged_model
-from preference_pairs import Pair
-from reward_model import SETS, Interrupt, device, follow, positive
-from reward_report import Run
+from reward_model import SETS, Interrupt, device, follow, positive, read_settings, settings
+from reward_report import Run, make_console
 from rich.console import Console
+from rollout_report import report_rewards
+from rollouts import Task
 from torch import Tensor
 from torch.optim.swa_utils import get_swa_multi_avg_fn
 
@@ -165,10 +165,36 @@ def both_runs(
     return runs, stop.asked
 
 
-def drawn(evals: dict[str, list[Pair]], count: int, seed: int) -> dict[str, list[Pair]]:
-    """At most `count` pairs of each evaluation set, from all over it."""
-    rng = random.Random(seed)
-    return {name: rng.sample(pairs, min(count, len(pairs))) for name, pairs in evals.items()}
+def compare_rewards(task: Task, robust: Adversary, train: Train, what: str, extra: Sequence[Tensor] = ()) -> int:
+    """Train plain and robust on rewards of generated responses; report those of all policies by domain.
+
+    Args:
+        what: the algorithm, for the first line of the output.
+        extra: as in `both_runs`.
+    Returns: the exit code.
+    """
+    args, console = task.args, make_console()
+    console.print(f"{what}: {args.steps} rollouts of {args.prompts} prompts; {robust}")
+    results = {"reference": task.mean_rewards()}
+
+    def validate() -> float:
+        return -min(task.mean_rewards(every=4).values())
+
+    def evaluate(run: Run) -> None:
+        results[run.name] = task.mean_rewards()
+
+    runs, stopped = both_runs(task.policy, robust, args, console, train, validate, evaluate, extra)
+    report_rewards(console, args.out, runs, results, task.shares, settings(args, robust))
+    return 130 if stopped else 0
+
+
+@contextmanager
+def wrong_use_ends(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """What the user can put right ends the program with a sentence instead of a traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as problem:
+        parser.exit(2, f"{parser.prog}: error: {problem}\n")
 
 
 def make_parser(description: str, out: str, sets: tuple[str, ...], **defaults: object) -> argparse.ArgumentParser:
@@ -179,7 +205,7 @@ def make_parser(description: str, out: str, sets: tuple[str, ...], **defaults: o
         allow_abbrev=False,
         fromfile_prefix_chars="@",  # @examples/settings/....txt, with comments
     )
-    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
+    parser.convert_arg_line_to_args = read_settings
     add, whole = parser.add_argument, positive(int)
     radii = ", ".join(f"{name} {SETS[name][1] if name in SETS else WASSERSTEIN_RADIUS:g}" for name in sets)
     add("--data", type=Path, metavar="FILE", help="pairs, .jsonl or .jsonl.gz (default: made here)")
@@ -188,6 +214,7 @@ def make_parser(description: str, out: str, sets: tuple[str, ...], **defaults: o
     add("--ambiguity", choices=sets, default="tv", help="set of the robust run (default: %(default)s)")
     add("--radius", type=float, help=f"its radius, alpha for cvar (default: {radii})")
     add("--temperature", type=positive(float), help="price of a KL of 1 in units of the loss, instead of a radius")
+    add("--pool", choices=("memory", "batch"), default="memory", help="what competes: recent losses, or each call's")
     add("--iterate", choices=("last", "best", "average"), default="last", help="which is kept (default: %(default)s)")
     add("--steps", type=whole, help="optimizer steps of each run (default: %(default)s)")
     add("--micro-batch", type=whole, default=4, help="samples per forward pass (default: %(default)s)")

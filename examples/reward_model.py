@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import shlex
 import signal
 import sys
 import time
@@ -101,6 +102,12 @@ def load_pairs(args: argparse.Namespace) -> tuple[list[Pair], dict[str, list[Pai
     return pairs, evals
 
 
+def drawn(evals: dict[str, list[Pair]], count: int, seed: int) -> dict[str, list[Pair]]:
+    """At most `count` pairs of each evaluation set, from all over it."""
+    rng = random.Random(seed)
+    return {name: rng.sample(pairs, min(count, len(pairs))) for name, pairs in evals.items()}
+
+
 class Interrupt:
     """Ctrl-C asks for an end after the current step; a second one ends the program at once."""
 
@@ -141,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
         for name, chosen_set in (("plain", None), ("robust", ambiguity)):
             scorer = Scorer(args.model, tokenizer, args.device, args.seed)
             run = follow(name, train(scorer, steps, chosen_set, args), len(steps), console, stop)
-            scorer.model.save_pretrained(args.out / name)
+            scorer.save(args.out / name)
             with console.status(f"{name}: evaluating"):
                 run.leads = {key: scorer.leads(part) for key, part in encoded.items()}
             runs.append(run)
@@ -201,6 +208,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--out", type=Path, default=out, help="folder for the results (default: %(default)s)")
     add("--smoke", action="store_true", help="everything in its smallest form, in seconds")
     return parser
+
+
+def read_settings(line: str) -> list[str]:
+    """The options in a line of a settings file, without its comment."""
+    return shlex.split(line, comments=True)
 
 
 def positive(kind: type[int] | type[float]) -> Callable[[str], float]:
