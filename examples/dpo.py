@@ -16,6 +16,7 @@ from collections.abc import Iterator
 
 try:
     import torch
+    from command_line import positive, settings
     from lora_policy import (
         PairTokens,
         Policy,
@@ -26,7 +27,7 @@ try:
     )
     from lora_scorer import micro_batches
     from policy_run import Adversary, Iterates, RunFiles, both_runs, make_parser, parse, wrong_use_ends
-    from reward_model import draw_steps, drawn, load_pairs, positive, settings
+    from reward_model import draw_steps, drawn, load_pairs
     from reward_report import Run, make_console, report
     from torch import Tensor
 

@@ -20,9 +20,9 @@ from collections.abc import Iterator
 
 try:
     import torch
+    from command_line import positive
     from lora_policy import Policy, Responses
     from policy_run import Adversary, Iterates, RunFiles, compare_rewards, make_parser, parse, wrong_use_ends
-    from reward_model import positive
     from rollouts import Rollout, Task, add_rollout_options
     from torch import Tensor, nn
 

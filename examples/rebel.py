@@ -18,6 +18,7 @@ from itertools import islice
 
 try:
     import torch
+    from command_line import positive, settings
     from dpo import leads
     from lora_policy import PairTokens, Policy, encode_pairs, pair_log_probs, with_reference
     from policy_run import (
@@ -30,7 +31,7 @@ try:
         parse,
         wrong_use_ends,
     )
-    from reward_model import draw_steps, drawn, load_pairs, positive, settings
+    from reward_model import draw_steps, drawn, load_pairs
     from reward_report import Run, make_console, report
     from rollouts import Task, add_rollout_options
     from torch import Tensor

@@ -9,9 +9,10 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+from command_line import positive
 from lora_policy import Ids, Policy, Responses
 from preference_pairs import Pair
-from reward_model import drawn, load_pairs, positive
+from reward_model import drawn, load_pairs
 from rewards import Reward, add_reward_options, load_reward
 from torch import Tensor
 

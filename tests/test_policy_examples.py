@@ -255,6 +255,7 @@ def test_settings_are_options_of_their_example(example, path: Path) -> None:
     parser = example(name[1]).options()
     args = parser.parse_args([f"@{path}"])
     assert args.model
+    args.temperature = getattr(args, "temperature", None)  # reward_model.py has radii alone
     example("policy_run").Adversary.of(args)
 
 

@@ -10,6 +10,7 @@ import signal
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -168,6 +169,56 @@ def test_labels_with_factors(example, text: str) -> None:
             example("rewards").label_factor(text)
     else:
         assert example("rewards").label_factor(text) == ("joy", 0.5 if "=" in text else 1.0)
+
+
+def test_the_emotion_settings_run(example, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they are, on a tiny classifier and policy, and with fewer prompts."""
+    monkeypatch.chdir(EXAMPLES.parent)
+    saved(tmp_path / "emotion", 5, problem_type="multi_label_classification", **EMOTIONS)
+    arguments = ["--smoke", "@examples/settings/dro_rebel_emotion_gpt2.txt", "--model", "tiny", "--reward-model"]
+    small = [
+        "--prompts",
+        "12",
+        "--micro-batch",
+        "12",
+        "--steps",
+        "2",
+        "--new-tokens",
+        "4",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert example("rebel").main([*arguments, str(tmp_path / "emotion"), *small]) == 0
+    log = [json.loads(line) for line in (tmp_path / "out/robust/log.jsonl").read_text().splitlines()]
+    assert len(log) == 2 and log[0]["ess"] < 12 and log[0]["max ratio"] > 1
+    settings = json.loads((tmp_path / "out/results.json").read_text())["settings"]
+    assert settings["ambiguity"] == "ChiSquare(radius=0.01)"
+    assert settings["reward_label"] == [["fear", 0.5], ["anger", 0.5]]
+
+
+def test_the_grm_settings_run(example, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they are, on a tiny model of bfloat16."""
+    monkeypatch.chdir(EXAMPLES.parent)
+    saved(tmp_path / "base", 1)
+    arguments = ["--smoke", "@examples/settings/grm_gemma_2b.txt", "--model", str(tmp_path / "base")]
+    out = tmp_path / "out"
+    assert example("reward_model").main([*arguments, "--max-length", "32", "--steps", "4", "--out", str(out)]) == 0
+    adapter = json.loads((out / "robust" / "adapter_config.json").read_text())
+    assert (adapter["r"], adapter["lora_alpha"], adapter["lora_dropout"]) == (32, 64, 0.05)
+    assert set(adapter["target_modules"]) == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+def test_cosine_with_warm_up(example) -> None:
+    parameter = torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.SGD([parameter], lr=2.0)
+    args = SimpleNamespace(schedule="cosine", warmup=0.2)
+    schedule, rates = example("reward_model").learning_rates(optimizer, args, 10), []
+    for _ in range(11):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    by_hand = [0.0, 1.0, *(1 + math.cos(math.pi * i / 8) for i in range(9))]
+    assert rates == pytest.approx(by_hand, abs=1e-12)
 
 
 def test_a_reward_model_that_was_trained_here_scores_the_rollouts(example, tmp_path: Path) -> None:
