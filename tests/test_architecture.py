@@ -14,8 +14,8 @@ import robustgrad
 PACKAGE = Path(robustgrad.__file__).parent
 # Each module may import those before it; what stands on one line may not import each other.
 LAYERS = [
-    {"_version", "_checks", "_state_checks"},
-    {"_token_checks", "ambiguity"},
+    {"_state_checks", "_version", "_checks"},
+    {"ambiguity", "_token_checks", "_conjugate_gradient"},
     {"objectives", "npg"},
     {"_units", "samples", "hook", "_graph"},
     {"distributed", "token_units", "_reductions"},
