@@ -13,9 +13,23 @@ pytest.importorskip("trl")
 import tiny
 from datasets import concatenate_datasets
 from trainer_cases import (
-    CASES, DPO, KTO, MAIN, REWARD, SET, SFT, Case, N, expected, gradient, in_order, losses_with_kl, steps,
-    ten_remembered_steps, worst,
-)  # fmt: skip
+    CASES,
+    DPO,
+    KTO,
+    MAIN,
+    REWARD,
+    SET,
+    SFT,
+    Case,
+    N,
+    expected,
+    gradient,
+    in_order,
+    losses_with_kl,
+    steps,
+    ten_remembered_steps,
+    worst,
+)
 from transformers import Trainer
 
 from robustgrad import ChiSquare, TotalVariation
