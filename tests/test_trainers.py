@@ -12,24 +12,8 @@ from torch import Tensor, nn
 pytest.importorskip("trl")
 import tiny
 from datasets import concatenate_datasets
-from trainer_cases import (
-    CASES,
-    DPO,
-    KTO,
-    MAIN,
-    REWARD,
-    SET,
-    SFT,
-    Case,
-    N,
-    expected,
-    gradient,
-    in_order,
-    losses_with_kl,
-    steps,
-    ten_remembered_steps,
-    worst,
-)
+from trainer_cases import CASES, DPO, KTO, MAIN, REWARD, SFT, Case, expected, losses_with_kl, ten_remembered_steps
+from trainer_steps import SET, N, gradient, in_order, steps, worst
 from transformers import Trainer
 
 from robustgrad import ChiSquare, TotalVariation

@@ -14,14 +14,9 @@ import torch.nn.functional as F
 import trl
 from peft import TaskType
 from torch import Tensor, nn
-from torch.utils.data import SequentialSampler
+from trainer_steps import SET, N, Row, counted, gradient, remembered, worst
 from transformers import Trainer
 
-from robustgrad import ChiSquare, Reweighter
-
-SET = ChiSquare(0.5)
-N = 8
-Row = dict[str, Any]
 _OBJECTS = ("peft_config", "model", "train_dataset", "eval_dataset", "data_collator", "callbacks", "ref_model")
 
 
@@ -74,12 +69,8 @@ def kto_loss(model: nn.Module, reference: nn.Module, row: Row, kl: Tensor | floa
 
 
 def sft_loss(model: nn.Module, reference: nn.Module, row: Row) -> Tensor:
-    """The sum over its tokens; see `Case.tokens`."""
+    """The sum over its tokens; see `Case.by_token`."""
     return -log_probability(model, row["input_ids"][:1], row["input_ids"][1:])
-
-
-def sft_tokens(row: Row) -> int:
-    return len(row["input_ids"]) - 1
 
 
 @dataclass(frozen=True)
@@ -90,7 +81,7 @@ class Case:
     config: type
     loss: Callable[[nn.Module, nn.Module, Row], Tensor]
     options: tuple[tuple[str, Any], ...] = ()
-    tokens: Callable[[Row], int] | None = None  # where the loop divides by the tokens of the whole step
+    by_token: bool = False  # the loop divides the sum over tokens by their count in the whole step
 
     @property
     def task(self) -> TaskType:
@@ -124,7 +115,7 @@ class Case:
         if reference is None:  # of an adapter it is the model below
             reference = copy.deepcopy(self.model(0)) if self.has_reference else model
         each = torch.stack([self.loss(model, reference, row) for row in rows])
-        return each if self.tokens is None else each * len(rows) / sum(map(self.tokens, rows))
+        return each * len(rows) / counted(trainer, rows) if self.by_token else each
 
 
 REWARD = Case(trl.RewardTrainer, trl.RewardConfig, reward_loss)
@@ -132,20 +123,9 @@ CENTRED = Case(trl.RewardTrainer, trl.RewardConfig, centred_reward_loss, (("cent
 DPO = Case(trl.DPOTrainer, trl.DPOConfig, dpo_loss)
 HINGE = Case(trl.DPOTrainer, trl.DPOConfig, hinge_loss, (("loss_type", ["hinge"]),))
 KTO = Case(trl.KTOTrainer, trl.KTOConfig, kto_loss, (("loss_type", "apo_zero_unpaired"),))
-SFT = Case(trl.SFTTrainer, trl.SFTConfig, sft_loss, tokens=sft_tokens)
+SFT = Case(trl.SFTTrainer, trl.SFTConfig, sft_loss, by_token=True)
 MAIN = {"reward": REWARD, "dpo": DPO, "kto": KTO, "sft": SFT}
 CASES = MAIN | {"reward, centred": CENTRED, "dpo hinge": HINGE}
-
-
-def gradient(loss: Tensor, model: nn.Module) -> Tensor:
-    """Of all trainable parameters, flat."""
-    grads = torch.autograd.grad(loss, tiny.trainable(model), retain_graph=True)
-    return torch.cat([grad.flatten() for grad in grads])
-
-
-def worst(losses: Tensor, ambiguity: Any = SET) -> Tensor:
-    """sum_i q_i loss_i, with q the worst case."""
-    return (ambiguity.solve(losses).weights * losses).sum()
 
 
 def expected(case: Case, trainer: Trainer, ambiguity: Any = SET) -> Tensor:
@@ -153,34 +133,10 @@ def expected(case: Case, trainer: Trainer, ambiguity: Any = SET) -> Tensor:
     return gradient(worst(case.losses(trainer, list(trainer.train_dataset)), ambiguity), trainer.model)
 
 
-def remembered(losses: Sequence[Tensor], model: nn.Module) -> list[Tensor]:
-    """The gradients of steps whose losses are handed to a memory one step after the other."""
-    reweighter, gradients = Reweighter(SET), []
-    reweighter.expects_steps = True
-    for each in losses:
-        gradients.append(gradient(reweighter(each * 1).mean(), model))
-        reweighter.step()
-    return gradients
-
-
 def ten_remembered_steps(case: Case, trainer: Trainer) -> list[Tensor]:
     """Of eight samples each, in the order of the dataset."""
     rows = list(trainer.train_dataset)
     return remembered([case.losses(trainer, rows[i : i + N]) for i in range(0, 10 * N, N)], trainer.model)
-
-
-def in_order(trainer: Trainer) -> Trainer:
-    """The examples come as they stand in the dataset."""
-    trainer._get_train_sampler = lambda *_: SequentialSampler(trainer.train_dataset)
-    return trainer
-
-
-def steps(trainer: Trainer) -> list[Tensor]:
-    """Train; the gradient of each optimizer step."""
-    gradients = tiny.Gradients()
-    trainer.add_callback(gradients)
-    trainer.train()
-    return gradients.steps
 
 
 def losses_with_kl(trainer: Trainer, together: int) -> Tensor:
