@@ -124,7 +124,7 @@ def integer_ids(groups: Tensor, losses: Tensor) -> None:
         raise TypeError(f"groups must be integer ids, one per sample, got {groups.dtype}. Use groups.long().")
 
 
-def instance(name: str, value: object, kind: type, what: str, remedy: str) -> None:
+def instance(name: str, value: object, kind: type | tuple[type, ...], what: str, remedy: str) -> None:
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be {what}, got {value!r}. {remedy}")
 

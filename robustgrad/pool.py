@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from abc import ABC, abstractmethod
@@ -13,6 +14,7 @@ from torch import Tensor
 from .ambiguity import AmbiguitySet, WorstCase
 from .distributed import Ranks
 from .samples import Samples
+from .schedule import Constant, Schedule
 
 _FORGOTTEN = 2**15  # losses waiting for an optimizer step that does not come
 
@@ -24,11 +26,17 @@ class Pool(ABC):
     than once, and whatever is asked in between is about the step that has just ended.
     """
 
-    def __init__(self, ambiguity: AmbiguitySet, ranks: Ranks) -> None:
-        self.ambiguity, self.ranks = ambiguity, ranks
+    def __init__(self, ambiguity: AmbiguitySet | Schedule, ranks: Ranks) -> None:
+        self.schedule = Constant(ambiguity) if isinstance(ambiguity, AmbiguitySet) else copy.deepcopy(ambiguity)
+        self.ranks = ranks
         self.expects_steps = False
         self._marked = False
         self._step: list[Samples] = []
+
+    @property
+    def ambiguity(self) -> AmbiguitySet:
+        """The set of the present step."""
+        return self.schedule.current
 
     def mark(self) -> None:
         self.expects_steps = True
@@ -39,7 +47,8 @@ class Pool(ABC):
         self.check(samples)
         if self.started and self._device != samples.scores.device:
             self._move(samples.scores.device)
-        if self._marked or self._overdue():
+        if self.started and (self._marked or self._overdue()):
+            self.schedule.advance()
             self._finish_step()
             self._step, self._marked = [], False
         ratio = self._ratio(samples)
@@ -120,12 +129,19 @@ class Pool(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         waiting = Samples.join(self._step).state_dict() if self._step else {}
-        return {"waiting": waiting, "marked": self._marked, "expects_steps": self.expects_steps}
+        schedule = self.schedule.state_dict()
+        return {
+            "waiting": waiting,
+            "marked": self._marked,
+            "expects_steps": self.expects_steps,
+            "schedule": schedule,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         waiting = {name: x.clone() for name, x in state["waiting"].items()}
         self._step = [Samples(**waiting)] if waiting else []
         self._marked, self.expects_steps = state["marked"], state["expects_steps"]
+        self.schedule.load_state_dict(state["schedule"])
 
     def _finish_step(self) -> None:  # noqa: B027 - a pool without a memory takes nothing along
         """Take in the samples of the step that has ended."""

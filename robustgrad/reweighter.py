@@ -15,6 +15,7 @@ from .capture import Capture
 from .distributed import Ranks
 from .hook import attach, attached
 from .pools import POOLS, make_pool
+from .schedule import Schedule
 from .token_units import Unit, samples_of_call
 from .window import WindowPool, survey
 
@@ -34,7 +35,7 @@ class Reweighter:
     that should not be, keep `losses` as it is and go on with `reweighter(losses.clone())`.
 
     Args:
-        ambiguity: the set, e.g. `TotalVariation(0.1)`.
+        ambiguity: the set, e.g. `TotalVariation(0.1)`, or a schedule of sets (`robustgrad.schedule`).
         pool: which losses compete. "memory": with the last few hundred, so that calls of any size, down to
             one sample, are robust. "window": those of one optimizer step, exactly, at the cost of a second
             forward pass (see `window`). "batch": the samples of each call, the papers' literal algorithm.
@@ -64,7 +65,7 @@ class Reweighter:
 
     def __init__(
         self,
-        ambiguity: AmbiguitySet,
+        ambiguity: AmbiguitySet | Schedule,
         *,
         pool: Literal["memory", "window", "batch"] = "memory",
         memory: int | None = None,
@@ -72,18 +73,17 @@ class Reweighter:
         survey: Literal["eval", "train"] = "eval",
         on_nonfinite: Literal["propagate", "raise"] = "propagate",
     ) -> None:
-        _checks.instance(
-            "ambiguity", ambiguity, AmbiguitySet, "an ambiguity set", "Use for example TotalVariation(0.1)."
-        )
+        kinds, remedy = (AmbiguitySet, Schedule), "Use for example TotalVariation(0.1)."
+        _checks.instance("ambiguity", ambiguity, kinds, "an ambiguity set", remedy)
         _checks.choice("pool", pool, POOLS)
         _checks.choice("survey", survey, ("eval", "train"))
         _checks.choice("on_nonfinite", on_nonfinite, ("propagate", "raise"))
         _checks.memory_size(memory, pool)
-        self.ambiguity, self.on_nonfinite = ambiguity, on_nonfinite
         self.pool = "batch" if memory == 0 else pool
         self._ranks = Ranks(process_group)
         self._pool = make_pool(self.pool, ambiguity, self._ranks, memory)
-        self._memory, self._survey = memory, survey
+        self.ambiguity = ambiguity if isinstance(ambiguity, AmbiguitySet) else self._pool.schedule
+        self._memory, self._survey, self.on_nonfinite = memory, survey, on_nonfinite
         self._nonfinite: Tensor | int = 0
 
     @property
