@@ -50,7 +50,7 @@ def largest(start: AmbiguitySet, within: Callable[[AmbiguitySet], bool], steps: 
     `start` itself, where not even that is. Where all are, the largest there is.
     """
     low, high = 0.0, 1.0
-    while not isinstance(start, TotalVariation) and within(resized(start, high)) and high < 1e6:
+    while not isinstance(start, TotalVariation) and within(resized(start, high)) and high < 1e9:
         low, high = high, 2 * high
     if within(resized(start, high)):
         return resized(start, high)
