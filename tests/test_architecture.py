@@ -96,7 +96,7 @@ def loaded(statement: str) -> set[str]:
 
 
 def test_import_is_light() -> None:
-    modules = ("objectives", "baselines", "npg", "gradient_penalty", "robust_ppo", "radius", "schedule")
+    modules = ("objectives", "baselines", "npg", "gradient_penalty", "robust_ppo", "radius", "report", "schedule")
     statement = ", ".join(f"robustgrad.{name}" for name in modules)
     assert loaded(f"import robustgrad, {statement}") == {"robustgrad"}
 
