@@ -58,6 +58,15 @@ def per_sample(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must have shape (n,), got {tuple(tensor.shape)}. {remedy}")
 
 
+def finite_losses(name: str, losses: Tensor) -> None:
+    """One finite loss per sample, and at least one, where a number is to come out."""
+    per_sample(name, losses)
+    bad = (~losses.detach().isfinite()).nonzero().flatten().tolist()
+    if bad or len(losses) == 0:
+        found = f"NaN or infinity at {bad[:10]} of {len(losses)}" if bad else "none at all"
+        raise ValueError(f"{name} must be finite, got {found}. Find their cause, or leave them out knowingly.")
+
+
 def same_samples(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     """`tensor` is per sample and belongs to the samples of `other`."""
     per_sample(name, tensor)
@@ -124,7 +133,7 @@ def integer_ids(groups: Tensor, losses: Tensor) -> None:
         raise TypeError(f"groups must be integer ids, one per sample, got {groups.dtype}. Use groups.long().")
 
 
-def instance(name: str, value: object, kind: type, what: str, remedy: str) -> None:
+def instance(name: str, value: object, kind: type | tuple[type, ...], what: str, remedy: str) -> None:
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be {what}, got {value!r}. {remedy}")
 

@@ -15,6 +15,7 @@ from .ambiguity._problem import Problem
 from .distributed import Ranks
 from .pool import Pool
 from .samples import Samples
+from .schedule import Schedule
 
 ENOUGH = 64  # remembered losses; fewer carry no rule
 
@@ -85,7 +86,7 @@ class MemoryPool(Pool):
         memory: how many losses to remember; None chooses by the set and the samples per step.
     """
 
-    def __init__(self, ambiguity: AmbiguitySet, ranks: Ranks, memory: int | None = None) -> None:
+    def __init__(self, ambiguity: AmbiguitySet | Schedule, ranks: Ranks, memory: int | None = None) -> None:
         super().__init__(ambiguity, ranks)
         self._size_asked = memory
         self._step_size = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from abc import ABC, abstractmethod
@@ -14,6 +15,7 @@ from . import _state_checks
 from .ambiguity import AmbiguitySet, WorstCase
 from .distributed import Ranks
 from .samples import Samples
+from .schedule import Constant, Schedule
 
 _FORGOTTEN = 2**15  # losses waiting for an optimizer step that does not come
 
@@ -25,11 +27,17 @@ class Pool(ABC):
     than once, and whatever is asked in between is about the step that has just ended.
     """
 
-    def __init__(self, ambiguity: AmbiguitySet, ranks: Ranks) -> None:
-        self.ambiguity, self.ranks = ambiguity, ranks
+    def __init__(self, ambiguity: AmbiguitySet | Schedule, ranks: Ranks) -> None:
+        self.schedule = Constant(ambiguity) if isinstance(ambiguity, AmbiguitySet) else copy.deepcopy(ambiguity)
+        self.ranks = ranks
         self.expects_steps = False
         self._marked = False
         self._step: list[Samples] = []
+
+    @property
+    def ambiguity(self) -> AmbiguitySet:
+        """The set of the present step."""
+        return self.schedule.current
 
     def mark(self) -> None:
         self.expects_steps = True
@@ -40,7 +48,8 @@ class Pool(ABC):
         self.check(samples)
         if self.started and self._device != samples.scores.device:
             self._move(samples.scores.device)
-        if self._marked or self._overdue():
+        if self.started and (self._marked or self._overdue()):
+            self.schedule.advance()
             self._finish_step()
             self._step, self._marked = [], False
         ratio = self._ratio(samples)
@@ -126,12 +135,14 @@ class Pool(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         waiting = Samples.join(self._step).state_dict() if self._step else {}
-        return {"waiting": waiting, "marked": self._marked, "expects_steps": self.expects_steps}
+        flags = {"marked": self._marked, "expects_steps": self.expects_steps}
+        return {"waiting": waiting, "schedule": self.schedule.state_dict(), **flags}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._step = [Samples.restored(state["waiting"])] if state["waiting"] else []
         self._marked = _state_checks.part(state, "marked", bool)
         self.expects_steps = _state_checks.part(state, "expects_steps", bool)
+        self.schedule.load_state_dict(state["schedule"])
 
     def _finish_step(self) -> None:  # noqa: B027 - a pool without a memory takes nothing along
         """Take in the samples of the step that has ended."""

@@ -32,7 +32,7 @@ class Reweighter(Ratios):
     multiplies by the ratio itself, `ratio` gives it without a hook.
 
     Args:
-        ambiguity: the set, e.g. `TotalVariation(0.1)`.
+        ambiguity: the set, e.g. `TotalVariation(0.1)`, or a schedule of sets (`robustgrad.schedule`).
         pool: which losses compete. "memory": with the last few hundred, so that calls of any size, down to
             one sample, are robust. "window": those of one optimizer step, exactly, at the cost of a second
             forward pass (see `window`). "batch": the samples of each call, the papers' literal algorithm.

@@ -31,6 +31,8 @@ class WindowPool(SolvedPool):
 
     def begin(self) -> None:
         _check_used_up(self._queue, self.surveying)
+        if self._step:
+            self.schedule.advance()
         self._surveyed, self._queue, self._step, self._marked = [], None, [], False
 
     def end(self) -> None:
