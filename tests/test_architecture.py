@@ -16,7 +16,7 @@ PACKAGE = Path(robustgrad.__file__).parent
 LAYERS = [
     {"_version", "_checks"},
     {"_token_checks", "ambiguity"},
-    {"objectives", "npg"},
+    {"objectives", "npg", "prompt_groups"},
     {"_units", "samples", "hook", "_graph"},
     {"distributed", "token_units", "_reductions"},
     {"pool"},
