@@ -52,3 +52,23 @@ def numbered(names: Sequence[str]) -> tuple[list[str], Tensor]:
     """The names, most frequent first, and the number of each entry."""
     unique = sorted(set(names), key=lambda name: (-names.count(name), name))
     return unique, torch.tensor([unique.index(name) for name in names])
+
+
+def first_of_each(domains: Sequence[str], most: int) -> Tensor:
+    """The rows of the first `most` pairs of each domain, in their order."""
+    seen: dict[str, int] = {}
+    rows = []
+    for row, name in enumerate(domains):
+        seen[name] = seen.get(name, 0) + 1
+        if seen[name] <= most:
+            rows.append(row)
+    return torch.tensor(rows)
+
+
+def part_of(judged: Judged, rows: Tensor) -> Judged:
+    """Some pairs of an evaluation set, weighted to the same shares of the domains."""
+    domains = [judged.domains[i] for i in rows.tolist()]
+    share = {name: sum(w for w, d in zip(judged.weight.tolist(), judged.domains, strict=True) if d == name)
+             for name in set(domains)}  # fmt: skip
+    weight = torch.tensor([share[name] / domains.count(name) for name in domains])
+    return Judged(judged.pairs.at(rows), domains, judged.longer[rows], weight / weight.sum())
