@@ -16,7 +16,7 @@ PACKAGE = Path(robustgrad.__file__).parent
 LAYERS = [
     {"_version", "_checks", "_state_checks"},
     {"_token_checks", "_conjugate_gradient", "ambiguity"},
-    {"objectives", "npg", "_balls"},
+    {"objectives", "npg", "prompt_groups", "_balls"},
     {"radius", "schedule"},
     {"_units", "samples", "hook", "_graph"},
     {"distributed", "token_units", "_reductions"},
