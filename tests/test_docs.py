@@ -55,7 +55,8 @@ MISTAKES = [block for page in PAGES for block in blocks(page) if block.message]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_code_of_a_page_runs_in_order(page: Path) -> None:
+def test_code_of_a_page_runs_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # some write files
     names: dict[str, object] = {}
     for block in blocks(page):
         if block.message is None:
