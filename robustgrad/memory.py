@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _state_checks
 from ._units import Units
 from .ambiguity import AmbiguitySet, Rule, WorstCase
 from .ambiguity._problem import Problem
@@ -58,7 +59,8 @@ class _Memory:
         """What the rule makes of the remembered losses: of the set itself, unless that is capped."""
         weights = self.samples.weights
         problem = Problem.unchecked(self.units.out_of(self.scores), weights)
-        ratio = self.rule.ratio(self.scores, weights)
+        # A rule spreads over the weight of a loss that it meets; without weight there is nothing to spread over.
+        ratio = torch.where(weights > 0, self.rule.ratio(self.scores, weights), 0.0)
         return WorstCase(ambiguity, problem, problem.finish(ratio / problem.expect(ratio)))
 
     def state_dict(self) -> dict[str, Any]:
@@ -114,7 +116,7 @@ class MemoryPool(Pool):
             self._exchange()
 
     def _exchange(self) -> None:
-        if self.ranks.group is None:
+        if self.ranks.group is None or self._exchanged == len(self._step):
             return
         together, _ = self.ranks.gather(Samples.join(self._step[self._exchanged :]))
         self._step[self._exchanged :] = [together]
@@ -180,10 +182,9 @@ class MemoryPool(Pool):
             self._memory = self._restored(self._memory.state_dict(), device)
 
     def _restored(self, state: dict[str, Any], device: torch.device | None = None) -> _Memory:
-        def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
-
-        samples, units = Samples(**copied(state["samples"])), Units(**copied(state["units"]))
+        samples, units = Samples.restored(state["samples"], device), Units.restored(state["units"], device)
+        _state_checks.finite(samples.state_dict())
+        _state_checks.numbers({"sampled": state["sampled"]}, positive="")
         return _Memory.fitted(self.ambiguity, samples, units, state["sampled"].to(device, copy=True))
 
     def state_dict(self) -> dict[str, Any]:
@@ -192,6 +193,6 @@ class MemoryPool(Pool):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self._step_size = state["step_size"]
+        self._step_size = _state_checks.part(state, "step_size", int)
         self._exchanged = len(self._step) if self._marked or not self.expects_steps else 0
         self._memory = None if state["memory"] is None else self._restored(state["memory"])

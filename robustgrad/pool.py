@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from . import _state_checks
 from .ambiguity import AmbiguitySet, WorstCase
 from .distributed import Ranks
 from .samples import Samples
@@ -56,6 +57,11 @@ class Pool(ABC):
         return ratio
 
     @property
+    def surveying(self) -> bool:
+        """Whether calls are only taken note of, and get ratio 1."""
+        return False
+
+    @property
     def started(self) -> bool:
         return bool(self._step)
 
@@ -91,7 +97,7 @@ class Pool(ABC):
             raise RuntimeError(f"an optimizer step must end, got {waiting} losses of this rank without. {remedy}")
         warnings.warn(
             f"{waiting} losses came without an optimizer step and are now taken as one step. {remedy}",
-            stacklevel=5,
+            stacklevel=7,
         )
         return True
 
@@ -138,9 +144,9 @@ class Pool(ABC):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        waiting = {name: x.clone() for name, x in state["waiting"].items()}
-        self._step = [Samples(**waiting)] if waiting else []
-        self._marked, self.expects_steps = state["marked"], state["expects_steps"]
+        self._step = [Samples.restored(state["waiting"])] if state["waiting"] else []
+        self._marked = _state_checks.part(state, "marked", bool)
+        self.expects_steps = _state_checks.part(state, "expects_steps", bool)
         self.schedule.load_state_dict(state["schedule"])
 
     def _finish_step(self) -> None:  # noqa: B027 - a pool without a memory takes nothing along
@@ -213,5 +219,5 @@ class BatchPool(SolvedPool):
         warnings.warn(
             f"{self.ambiguity!r} over a batch pool of {n} {effect}: nothing is robust about such a step. "
             f'Use pool="memory" (the default){larger}.',
-            stacklevel=5,
+            stacklevel=7,
         )

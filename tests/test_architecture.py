@@ -14,7 +14,7 @@ import robustgrad
 PACKAGE = Path(robustgrad.__file__).parent
 # Each module may import those before it; what stands on one line may not import each other.
 LAYERS = [
-    {"_version", "_checks"},
+    {"_version", "_checks", "_state_checks"},
     {"_token_checks", "ambiguity"},
     {"objectives", "npg", "_balls"},
     {"radius", "schedule"},
@@ -23,7 +23,8 @@ LAYERS = [
     {"pool"},
     {"memory", "window", "_attribution"},
     {"pools", "capture"},
-    {"reweighter", "robust_loss"},
+    {"ratios", "robust_loss"},
+    {"reweighter"},
     {"optimizer", "robust_ppo", "gradient_penalty", "baselines", "report"},
     {"__init__"},
     {"integrations", "cli"},
