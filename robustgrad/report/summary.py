@@ -96,7 +96,7 @@ def report(
     gain = None if after is None else shift_curve(before.losses, after.losses, **options)
     last = models[-1]
     both = None if after is None else noise(before.losses, after.losses, last.weights, last.base, wrong)
-    said = [text for one in models for text in cautions(one.name, one.weights, one.ess, one.smooth_share)]
+    said = [text for one in models for text in cautions(one.name, one.weights, one.base, one.ess, one.smooth_share)]
     said += [str(both)] if both is not None and both.overweighted else []
     return Report(
         ambiguity, models, gain, both, tuple(said), suggestions(ambiguity, last.losses, last.base, last.groups)
