@@ -70,7 +70,8 @@ def prompt_shift(
     """
     _check(training, target, level, folds, resamples)
     generator = torch.Generator().manual_seed(seed)
-    p, q = _held_out_log_ratios(training.detach().double(), target.detach().double(), folds, generator)
+    before, after = (side.detach().cpu().double() for side in (training, target))
+    p, q = _held_out_log_ratios(before, after, folds, generator)
     estimates = [_with_interval(bound, p, q, level, resamples, generator) for bound in (_tv, _chi_square, _kl)]
     return PromptShift(*estimates)
 

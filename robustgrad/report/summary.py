@@ -89,6 +89,7 @@ def report(
     _checks.instance("ambiguity", ambiguity, AmbiguitySet, "an ambiguity set", "Use TotalVariation(0.1).")
     if after is not None:
         _check_same(before, after)
+    before, after = before.on_cpu(), None if after is None else after.on_cpu()
     options: dict[str, Any] = {"shares": shares, "cap": cap, "level": level, "resamples": resamples, "seed": seed}
     options |= {"slots": _slots(before, unit), "base": before.base}
     given = [before] if after is None else [before, after]
@@ -104,7 +105,7 @@ def report(
 
 
 def _model(evaluation: Evaluation, ambiguity: AmbiguitySet, curve: ShiftCurve, top: int) -> ModelReport:
-    losses = evaluation.losses.detach().double()
+    losses = evaluation.losses
     worst = ambiguity.solve(losses, base=evaluation.base)
     base = TotalVariation(0.0).solve(losses, base=evaluation.base).weights
     near = None if evaluation.embeddings is None else neighbour_losses(losses, evaluation.embeddings)
