@@ -135,13 +135,8 @@ class Pool(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         waiting = Samples.join(self._step).state_dict() if self._step else {}
-        schedule = self.schedule.state_dict()
-        return {
-            "waiting": waiting,
-            "marked": self._marked,
-            "expects_steps": self.expects_steps,
-            "schedule": schedule,
-        }
+        flags = {"marked": self._marked, "expects_steps": self.expects_steps}
+        return {"waiting": waiting, "schedule": self.schedule.state_dict(), **flags}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._step = [Samples.restored(state["waiting"])] if state["waiting"] else []

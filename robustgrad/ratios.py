@@ -37,11 +37,10 @@ class Ratios:
         _checks.choice("survey", survey, ("eval", "train"))
         _checks.choice("on_nonfinite", on_nonfinite, ("propagate", "raise"))
         _checks.memory_size(memory, pool)
-        self.on_nonfinite = on_nonfinite
         self.pool = "batch" if memory == 0 else pool
         self._ranks = Ranks(process_group)
         self._pool = make_pool(self.pool, ambiguity, self._ranks, memory)
-        self._memory, self._survey = memory, survey
+        self._memory, self._survey, self.on_nonfinite = memory, survey, on_nonfinite
         self._nonfinite: Tensor | int = 0
 
     @property
@@ -157,11 +156,12 @@ class Ratios:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises: ValueError: not a state, or of another version or configuration; nothing was changed then."""
         _state_checks.same_configuration(state, _VERSION, self._configuration())
-        pool = make_pool(self.pool, self.ambiguity, self._ranks, self._memory)
         with _state_checks.taken_as_a_whole():
-            pool.load_state_dict(state["pool"])
             nonfinite = _state_checks.count(state, "nonfinite")
-        self._pool, self._nonfinite = pool, nonfinite
+            # A rehearsal, so that a state that is refused half-way changes nothing here.
+            make_pool(self.pool, self.ambiguity, self._ranks, self._memory).load_state_dict(state["pool"])
+        self._pool.load_state_dict(state["pool"])
+        self._nonfinite = nonfinite
 
     def _configuration(self) -> dict[str, Any]:
         return {"ambiguity": repr(self.ambiguity), "pool": self.pool, "memory": self._memory or None}
