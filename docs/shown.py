@@ -1,7 +1,7 @@
-"""A MkDocs hook: what stands in the repository's own pages is shown on the site, not written twice.
+"""A MkDocs hook: what stands elsewhere in the repository is shown on the site, not written twice.
 
-A line that is nothing but a link out of `docs`, such as `[Limits](../README.md#limits)`, becomes that page, or
-that section of it, without its heading.
+A line that is nothing but a link out of `docs` becomes what it leads to: `[Limits](../README.md#limits)` that section,
+without its heading, `[All](../README.md)` the whole page, `[a script](../examples/quickstart.py)` its code.
 """
 
 from __future__ import annotations
@@ -12,12 +12,18 @@ from pathlib import Path
 from mkdocs.exceptions import PluginError
 
 ROOT = Path(__file__).parents[1]
-_LINE = re.compile(r"^\[[^\]]+\]\(\.\./([\w./-]+\.md)(?:#([\w-]+))?\)$", re.MULTILINE)
+_LINE = re.compile(r"^\[[^\]]+\]\(\.\./([\w./-]+)(?:#([\w-]+))?\)$", re.MULTILINE)
 _LINK = re.compile(r"\[([^\]]+)\]\((?!https?:|#)([^)]+)\)")
 
 
 def on_page_markdown(markdown: str, **kwargs: object) -> str:
-    return _LINE.sub(lambda found: section(found[1], found[2]), markdown)
+    return _LINE.sub(lambda found: shown(found[1], found[2]), markdown)
+
+
+def shown(path: str, anchor: str | None) -> str:
+    if path.endswith(".md"):
+        return section(path, anchor)
+    return f"```{Path(path).suffix[1:]}\n{(ROOT / path).read_text()}```"
 
 
 def section(path: str, anchor: str | None) -> str:
