@@ -106,7 +106,7 @@ def cuts(axes: Axes) -> None:
 def shift(axes: Axes) -> None:
     shares = torch.linspace(0, 1, 51)
     for radius, colour in ((0.0, "grey"), (0.1, "#d55e00"), (0.2, "#cc79a7")):
-        found = torch.stack([torch.stack(trained(radius, seed)) for seed in range(5)])
+        found = torch.stack([trained(radius, seed) for seed in range(5)])
         lines = (1 - shares) * found[:, :1] + shares * found[:, 1:]
         axes.plot(shares, lines.mean(0), color=colour, label=f"radius {radius:g}" if radius else "plain")
         axes.fill_between(shares, lines.amin(0), lines.amax(0), color=colour, alpha=0.15, linewidth=0)
@@ -114,7 +114,7 @@ def shift(axes: Axes) -> None:
     axes.set(xlabel="share of prompts that punish length", ylabel="mean loss of the trained reward model")
 
 
-def trained(radius: float, seed: int) -> tuple[Tensor, Tensor]:
+def trained(radius: float, seed: int) -> Tensor:
     """The task of examples/quickstart.py: mean loss on fresh pairs of the majority and of the minority."""
     random = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
@@ -127,7 +127,7 @@ def trained(radius: float, seed: int) -> tuple[Tensor, Tensor]:
         optimizer.zero_grad()
     with torch.no_grad():
         kinds = (torch.zeros(5000, dtype=torch.bool), torch.ones(5000, dtype=torch.bool))
-        return tuple(pair_losses(model, kind, random).mean() for kind in kinds)
+        return torch.stack([pair_losses(model, kind, random).mean() for kind in kinds])
 
 
 def pair_losses(model: torch.nn.Module, minority: Tensor, random: torch.Generator) -> Tensor:
