@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import re
 import shutil
@@ -262,6 +263,12 @@ def test_one_model_without_groups_has_fewer_pictures() -> None:
     found = report(Evaluation(torch.full((3,), 2.0)))
     assert gain_picture(found) is None and group_picture(found.models[0]) is None
     assert shift_picture(found).axes and loss_picture(found.models[0]).axes
+
+
+def test_names_are_no_formulas() -> None:
+    found = of_two("$\\frac$")  # an error where matplotlib takes it for one
+    for figure in (shift_picture(found), gain_picture(found), group_picture(found.models[0])):
+        figure.savefig(io.BytesIO())
 
 
 def test_page_needs_nothing_else_and_runs_nothing(tmp_path: Path) -> None:
