@@ -36,7 +36,7 @@ ALLOWED_OUTSIDE = {"torch", "numpy", *sys.stdlib_module_names}
 ALLOWED_IN = {
     "integrations": {"transformers", "accelerate"},
     "ambiguity": {"triton"},
-    "report": {"matplotlib", "jinja2"},
+    "report": {"matplotlib", "jinja2", "rich"},
     "cli": {"typer", "rich"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -13,6 +13,7 @@ import pytest
 import robustgrad
 
 README = Path(__file__).parent.parent / "README.md"
+PAGES = [README, README.parent / "docs" / "radius.md"]
 MODULES = [m.name for m in pkgutil.walk_packages(robustgrad.__path__, "robustgrad.")]
 
 
@@ -26,14 +27,11 @@ def test_the_main_names_have_an_example(name: str) -> None:
     assert ">>>" in getattr(robustgrad, name).__doc__
 
 
-def blocks() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-
-
-def test_readme_code_runs() -> None:
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_code_of_a_page_runs(page: Path) -> None:
     names: dict[str, object] = {}
-    for block in blocks():
-        exec(compile(block, str(README), "exec"), names)
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        exec(compile(block, str(page), "exec"), names)
 
 
 def test_readme_shows_code_early_and_briefly() -> None:
@@ -49,6 +47,7 @@ def test_readme_commands_exist() -> None:
         assert f"\n{target}:" in makefile, target
 
 
-def test_readme_links_exist() -> None:
-    for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", README.read_text()):
-        assert (README.parent / link).exists(), link
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_of_a_page_exist(page: Path) -> None:
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
+        assert (page.parent / link).exists(), link

@@ -63,13 +63,14 @@ def width(curve) -> float:
     return curve.high[0] - curve.low[0]
 
 
-def test_band_of_the_mean_is_that_of_the_central_limit_theorem() -> None:
-    losses = drawn(400)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_band_of_the_mean_is_that_of_the_central_limit_theorem(weighted: bool) -> None:
+    losses, base = drawn(400), drawn(400, 1).exp() if weighted else torch.ones(400)
+    share = base / base.sum()
+    error = (share * (losses - (share * losses).sum())).square().sum().sqrt().item()
     for level in (0.5, 0.9):
-        expected = 2 * NormalDist().inv_cdf((1 + level) / 2) * losses.std().item() / math.sqrt(400)
-        assert width(shift_curve(losses, shares=[0.0], level=level, resamples=2000)) == pytest.approx(
-            expected, rel=0.12
-        )
+        curve = shift_curve(losses, base=base, shares=[0.0], level=level, resamples=2000)
+        assert width(curve) == pytest.approx(2 * NormalDist().inv_cdf((1 + level) / 2) * error, rel=0.12)
 
 
 def test_groups_are_resampled_as_wholes() -> None:
