@@ -32,9 +32,9 @@ HALF = (2, 2)  # of the eight samples of a step
 TEN = {"max_steps": 10, "learning_rate": 0.0}
 
 
-def runs() -> dict[str, tuple[Callable[[Path], Trainer], str]]:
-    """Name: how to build the trainer, and its pool."""
-    made: dict[str, tuple[Callable[[Path], Trainer], str]] = {}
+def runs() -> dict[str, tuple[Callable[[Path], Trainer], str | None]]:
+    """Name: how to build the trainer, and its pool, or None for an untouched one."""
+    made: dict[str, tuple[Callable[[Path], Trainer], str | None]] = {}
     for name, case in MAIN.items():
         adapter = {"peft_config": tiny.lora(case.task)}
         made[f"{name} window"] = lambda folder, case=case: case.build(folder, *HALF), "window"
@@ -44,6 +44,7 @@ def runs() -> dict[str, tuple[Callable[[Path], Trainer], str]]:
             "memory",
         )
     for kind in plain_trainers.KINDS:
+        made[f"{kind} plain"] = lambda folder, kind=kind: plain_trainers.build(folder, kind, HALF), None
         made[f"{kind} window"] = lambda folder, kind=kind: plain_trainers.build(folder, kind, HALF), "window"
         made[f"{kind} lora"] = (
             lambda folder, kind=kind: plain_trainers.build(
@@ -96,11 +97,11 @@ def spied(trainer: Trainer) -> Any:
     return experimental_trainers.spy(trainer) if hasattr(trainer, "_calculate_rewards_from_functions") else {}
 
 
-def run(build: Callable[[Path], Trainer], pool: str, folder: Path) -> dict[str, Any]:
+def run(build: Callable[[Path], Trainer], pool: str | None, folder: Path) -> dict[str, Any]:
     trainer, gradients = build(folder), tiny.Gradients()
     seen = spied(trainer)
     trainer.add_callback(gradients)
-    robustify(trainer, SET, pool=pool).train()
+    (trainer if pool is None else robustify(trainer, SET, pool=pool)).train()
     rollouts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(rollouts, seen)
     return {"gradients": gradients.steps, "log": trainer.state.log_history, "rollouts": rollouts}
