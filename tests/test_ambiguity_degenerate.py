@@ -222,3 +222,16 @@ def test_cvar_of_a_share_without_digits() -> None:
 @pytest.mark.parametrize("ambiguity", [ChiSquare(1e308), KL(1e308), KL(temperature=5e-324)], ids=repr)
 def test_the_largest_sets_give_the_maximum(ambiguity: AmbiguitySet) -> None:
     assert ambiguity.solve(torch.tensor([0.0, 1.0, 1.0])).weights.tolist() == [0.0, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_padding_beside_minus_infinity_at_the_exact_radius(dtype: torch.dtype) -> None:
+    """Half the mass is finite and the radius just allows it: padding must not stand among the -inf."""
+    losses = torch.tensor(
+        [[0.1, 0.7, -math.inf, 0.4, 0.2, *[-math.inf] * 3], [1.0, 1.0, *[-math.inf] * 6]], dtype=dtype
+    )
+    mask = torch.tensor([[True] * 8, [True] * 4 + [False] * 4])
+    padded, on = torch.nn.functional.pad(losses, (0, 40)), torch.nn.functional.pad(mask, (0, 40))
+    want = [[2.0, 2.0, 0.0, 2.0, 2.0, *[0.0] * 43], [2.0, 2.0, *[0.0] * 46]]
+    ratio = ChiSquare(0.5).solve(padded, mask=on).ratio
+    torch.testing.assert_close(ratio, torch.tensor(want, dtype=dtype), rtol=0, atol=1e-6)

@@ -81,7 +81,8 @@ class _Prefixes(NamedTuple):
 
     @classmethod
     def of(cls, drop: Tensor, base: Tensor | None) -> _Prefixes:
-        ordered, order = drop.sort(-1, descending=True)
+        # What has no mass goes below all others: among ties of -inf it would count as active without them.
+        ordered, order = (drop if base is None else torch.where(base > 0, drop, 2 * drop - 1)).sort(-1, descending=True)
         if base is None:
             n = drop.shape[-1]
             counts = torch.linspace(0.0, 1.0, n + 1, device=drop.device, dtype=drop.dtype)

@@ -48,8 +48,8 @@ class Problem(NamedTuple):
     valid: Tensor | None
     top: Tensor
 
-    @classmethod
-    def of(cls, losses: Tensor, base: Tensor | None = None, mask: Tensor | None = None) -> Problem:
+    @staticmethod
+    def check(losses: Tensor, base: Tensor | None = None, mask: Tensor | None = None) -> None:
         _checks.floating("losses", losses)
         if losses.dim() == 0 or losses.shape[-1] == 0:
             raise ValueError(
@@ -60,7 +60,6 @@ class Problem(NamedTuple):
             _checks.boolean_mask(mask, losses)
         if base is not None:
             _checks.base_weights(base, losses)
-        return cls.unchecked(losses, base, mask)
 
     @classmethod
     def unchecked(cls, losses: Tensor, base: Tensor | None = None, mask: Tensor | None = None) -> Problem:

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from . import _kernel
 from ._problem import Problem
+
+
+class Asked(NamedTuple):
+    """A problem as it was given; what only diagnostics need to know of it is worked out when they ask."""
+
+    losses: Tensor
+    base: Tensor | None
+    mask: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,11 +32,15 @@ class WorstCase:
     """
 
     ambiguity: AmbiguitySet
-    problem: Problem
+    asked: Problem | Asked
     wide_ratio: Tensor
 
+    @property
+    def problem(self) -> Problem:
+        return self.asked if isinstance(self.asked, Problem) else Problem.unchecked(*self.asked)
+
     def _out(self, tensor: Tensor) -> Tensor:
-        given = self.problem.given.dtype
+        given = (self.asked.given if isinstance(self.asked, Problem) else self.asked.losses).dtype
         return tensor.to(torch.float64 if given == torch.float64 else torch.float32)
 
     def _wide_weights(self) -> Tensor:
@@ -114,13 +127,15 @@ class AmbiguitySet(ABC):
         Raises: TypeError or ValueError, naming the argument, before anything is computed. The values of
             `base` are read on the CPU only; elsewhere a negative or non-finite base makes its row NaN.
         """
-        return self._solve(Problem.of(losses, base, mask))
+        Problem.check(losses, base, mask)
+        return self.solve_unchecked(losses, base, mask)
 
-    def solve_unchecked(self, losses: Tensor, base: Tensor | None = None) -> WorstCase:
-        """`solve` for losses and base weights that were checked before."""
-        return self._solve(Problem.unchecked(losses, base))
-
-    def _solve(self, problem: Problem) -> WorstCase:
+    def solve_unchecked(self, losses: Tensor, base: Tensor | None = None, mask: Tensor | None = None) -> WorstCase:
+        """`solve` for losses, base weights and a mask that were checked before."""
+        if _kernel.takes(losses) and (recipe := self._recipe()) is not None:
+            asked = Asked(losses.detach(), base if base is None else base.detach(), mask)
+            return WorstCase(self, asked, _kernel.solve(recipe, *asked))
+        problem = Problem.unchecked(losses, base, mask)
         return WorstCase(self, problem, problem.finish(self._worst_case(problem)))
 
     @abstractmethod
@@ -150,6 +165,10 @@ class AmbiguitySet(ABC):
     @abstractmethod
     def _worst_case(self, problem: Problem) -> Tensor:
         """The ratio (..., n), right for rows that have an answer and for entries that take part."""
+
+    def _recipe(self) -> _kernel.Recipe | None:
+        """The set as the kernel knows it, if it does."""
+        return None
 
     @abstractmethod
     def _threshold(self, problem: Problem) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from ._kernel import Recipe
 from ._linear import Limit, Line, line
 from ._problem import Problem
 from .base import AmbiguitySet
@@ -60,6 +61,11 @@ class ChiSquare(AmbiguitySet):
         # Where the budget is just used up the line is flat, and only the order tells who is active.
         return found.at(drop).mul_(drop.ge_(found.least))
 
+    def _recipe(self) -> Recipe:
+        if self.penalty is not None:
+            return Recipe("price", (self._limit.price,))
+        return Recipe("ball", (self._limit.radius,)) if self.radius else Recipe("plain")
+
     def _threshold(self, problem: Problem) -> Tensor:
         drop, unit = self._scaled(problem)
         return problem.top + unit * self._line(drop, unit, problem.base).zero()
@@ -69,8 +75,12 @@ class ChiSquare(AmbiguitySet):
         return problem.below_top() if self.penalty is None else (problem.distance(), 1.0)
 
     def _line(self, drop: Tensor, unit: Tensor | float, base: Tensor | None) -> Line:
+        return line(drop, base, self._limit._replace(penalty=self.penalty and self.penalty / unit))
+
+    @property
+    def _limit(self) -> Limit:
         # Any set saturates long before; twice the largest float would be infinite.
-        return line(drop, base, Limit(min(self.radius or 0.0, 1e100), self.penalty and self.penalty / unit))
+        return Limit(min(self.radius or 0.0, 1e100), self.penalty)
 
     def fit(self, losses: Tensor, weight: Tensor, *, unit: Tensor | float, step_size: Tensor) -> LineRule:
         problem = Problem.remembered(losses, weight)

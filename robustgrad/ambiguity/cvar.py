@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .. import _checks
+from ._kernel import Recipe
 from ._problem import Problem
 from ._sorted import Ranked, quantile, top_share
 from .base import AmbiguitySet
@@ -51,6 +52,9 @@ class CVaR(AmbiguitySet):
         if self.alpha == 1:
             return problem.plain()
         return top_share(problem, self._share).div_(self._share)
+
+    def _recipe(self) -> Recipe:
+        return Recipe("plain") if self.alpha == 1 else Recipe("top", (self._share, 1 / self._share))
 
     def _threshold(self, problem: Problem) -> Tensor:
         return quantile(problem, self._share)

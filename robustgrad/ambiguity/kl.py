@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from ._kernel import Recipe
 from ._problem import Problem
 from ._tilting import exp, inverse_temperature
 from .base import AmbiguitySet
@@ -64,6 +65,16 @@ class KL(AmbiguitySet):
         tilted = (self._theta(drop, unit, problem) * drop).softmax(-1)
         return tilted.mul_(drop.shape[-1]) if problem.base is None else tilted.div_(problem.expect(tilted))
 
+    def _recipe(self) -> Recipe:
+        if self.temperature is not None:
+            return Recipe("softmax", (self._coldest,))
+        return Recipe("tilt", (self.radius,)) if self.radius else Recipe("plain")
+
+    @property
+    def _coldest(self) -> float:
+        """The temperature, kept from where it gives the maximum alone: infinity times 0 would be NaN."""
+        return max(self.temperature or 0.0, 1e-150)
+
     def _threshold(self, problem: Problem) -> Tensor:
         drop, unit = self._scaled(problem)
         if self.radius == 0:
@@ -77,7 +88,7 @@ class KL(AmbiguitySet):
 
     def _theta(self, drop: Tensor, unit: Tensor | float, problem: Problem) -> Tensor | float:
         if self.temperature is not None:
-            return unit / max(self.temperature, 1e-150)  # the maximum alone; infinity times 0 would be NaN
+            return unit / self._coldest
         return inverse_temperature(drop, problem, self.radius) if self.radius else 0.0
 
     def fit(self, losses: Tensor, weight: Tensor, *, unit: Tensor | float, step_size: Tensor) -> TiltRule:

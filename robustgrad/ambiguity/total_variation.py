@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from ._kernel import Recipe
 from ._problem import Problem
 from ._sorted import Ranked, quantile, top_share
 from .base import AmbiguitySet
@@ -89,6 +90,16 @@ class TotalVariation(AmbiguitySet):
         kept, gone, best = losses.clone().ge_(edge), losses.clone().lt_(edge), losses.clone().eq_(problem.top)
         received = (problem.expect(gone) / problem.expect(best)).add_(problem.poison)
         return kept.addcmul_(best, received)
+
+    def _recipe(self) -> Recipe:
+        if self.penalty is not None:
+            return Recipe("near", (self.penalty,))
+        if self.radius == 0:
+            return Recipe("plain")
+        kept, moved = (1 - self._moved(), 1.0), self._moved()
+        if self.cap is None:
+            return Recipe("top", (*kept, 0.0, 0.0, moved))
+        return Recipe("top", (*kept, moved / (self.cap - 1), self.cap - 1))
 
     def _threshold(self, problem: Problem) -> Tensor:
         return quantile(problem, 1 - self._moved()) if self.penalty is None else problem.top - self.penalty

@@ -1,0 +1,103 @@
+"""Which way a worst case is solved: by a Triton kernel, one launch, or by torch's own operations.
+
+The kernel takes CUDA tensors of at most 4096 losses in a row where Triton is installed; torch does the rest.
+The environment variable ROBUSTGRAD_KERNEL=torch|triton, read at import, chooses by hand: "torch" never uses
+the kernel, "triton" insists on Triton being there. Under Triton's interpreter (TRITON_INTERPRET=1) "triton"
+takes CPU tensors as well, slowly: that is for tests.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+
+_LONGEST = 4096  # losses in a row
+_OLDEST = 7  # major compute capability that Triton supports
+
+
+class Recipe(NamedTuple):
+    """An ambiguity set as the kernel knows it: a kind, and up to five numbers whose meaning it fixes."""
+
+    kind: str
+    numbers: tuple[float, ...] = ()
+
+
+def chosen(name: str | None) -> str:
+    """The kernel of that name, or the one that is there."""
+    installed = find_spec("triton") is not None
+    if not name:
+        return "triton" if installed else "torch"
+    _checks.choice("ROBUSTGRAD_KERNEL", name, ("torch", "triton"))
+    if name == "triton" and not installed:
+        raise ImportError(
+            'triton is missing, and ROBUSTGRAD_KERNEL is "triton". Install it with pip install "robustgrad[triton]", '
+            "or unset ROBUSTGRAD_KERNEL."
+        )
+    return name
+
+
+_NAME = os.environ.get("ROBUSTGRAD_KERNEL")
+_TRITON = chosen(_NAME) == "triton"
+_INTERPRETED = bool(_TRITON and _NAME) and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def takes(losses: Tensor) -> bool:
+    """Whether the kernel solves these losses."""
+    if not (losses.is_cuda or _INTERPRETED) or not _TRITON or losses.shape[-1] > _LONGEST:
+        return False
+    return not losses.is_cuda or torch.cuda.get_device_capability(losses.device)[0] >= _OLDEST
+
+
+def solve(recipe: Recipe, losses: Tensor, base: Tensor | None, mask: Tensor | None) -> Tensor:
+    """The ratio (..., n) in float64 of detached losses."""
+    found: Tensor = torch.ops.robustgrad.worst_ratio(losses, base, mask, *recipe)
+    return found
+
+
+def _launch(losses: Tensor, base: Tensor | None, mask: Tensor | None, kind: str, numbers: list[float]) -> Tensor:
+    from ._triton import launch
+
+    return launch(losses, base, mask, kind, numbers)
+
+
+def _shape(losses: Tensor, base: Tensor | None, mask: Tensor | None, kind: str, numbers: list[float]) -> Tensor:
+    return torch.empty_like(losses, dtype=torch.float64, memory_format=torch.contiguous_format)
+
+
+def _batched(
+    info: Any,
+    places: tuple[Any, ...],
+    losses: Tensor,
+    base: Tensor | None,
+    mask: Tensor | None,
+    kind: str,
+    numbers: list[float],
+) -> tuple[Tensor, int]:
+    """Under vmap the batch is more rows."""
+    rows = losses.movedim(places[0], 0) if places[0] is not None else losses.expand(info.batch_size, *losses.shape)
+
+    def own(given: Tensor | None, place: int | None) -> Tensor | None:
+        if given is None or (place is None and given.dim() == 1):
+            return given
+        if place is None:
+            return given.expand_as(rows)
+        given = given.movedim(place, 0)
+        between = [1] * (rows.dim() - given.dim())
+        return given.reshape(given.shape[0], *between, *given.shape[1:]).expand_as(rows)
+
+    return torch.ops.robustgrad.worst_ratio(rows, own(base, places[1]), own(mask, places[2]), kind, numbers), 0
+
+
+# An operator of torch: torch.compile, torch.func and CUDA graphs see one call and need not look inside.
+_library = torch.library.Library("robustgrad", "FRAGMENT")
+_library.define("worst_ratio(Tensor losses, Tensor? base, Tensor? mask, str kind, float[] numbers) -> Tensor")
+for _device in ("CUDA", "CPU"):
+    _library.impl("worst_ratio", _launch, _device)
+torch.library.register_fake("robustgrad::worst_ratio", _shape, lib=_library)
+torch.library.register_vmap("robustgrad::worst_ratio", _batched, lib=_library)

@@ -1,0 +1,140 @@
+"""The Triton kernel, in Triton's interpreter on the CPU, beside the torch path: run by `test_kernel.py`.
+
+The process must have TRITON_INTERPRET=1 and ROBUSTGRAD_KERNEL=triton from the start.
+"""
+
+from __future__ import annotations
+
+import comparing
+import inputs
+import laws
+import pytest
+import torch
+from torch import Tensor
+
+from robustgrad.ambiguity import KL, AmbiguitySet, ChiSquare, CVaR, TotalVariation, _kernel, _triton
+from robustgrad.ambiguity._problem import Problem
+
+# The interpreter computes with numpy, which warns of divisions by a zero whose result is not used.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+TYPICAL = [
+    TotalVariation(0.3),
+    TotalVariation(0.3, cap=2.0),
+    TotalVariation(penalty=0.5),
+    ChiSquare(0.5),
+    ChiSquare(penalty=0.5),
+    KL(0.3),
+    KL(1e-6),
+    KL(temperature=0.5),
+    CVaR(0.2),
+]
+EVERY = inputs.FINITE + inputs.MINUS_INF + inputs.POISONED + inputs.EMPTY
+SHORT = [case for case in EVERY if len(case.losses) <= 200]
+each_set = pytest.mark.parametrize("ambiguity", inputs.SETS, ids=str)
+each_typical = pytest.mark.parametrize("ambiguity", TYPICAL, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def one_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_triton, "_TILE", 2**15)  # Numpy is quicker with large arrays.
+
+
+def by_torch(ambiguity: AmbiguitySet, losses: Tensor, base: Tensor | None, mask: Tensor | None) -> Tensor:
+    problem = Problem.unchecked(losses, base, mask)
+    return problem.finish(ambiguity._worst_case(problem))
+
+
+def assert_parity(ambiguity: AmbiguitySet, losses: Tensor, base: Tensor | None, mask: Tensor | None) -> None:
+    """Ratio within 2e-6 (and what 1 / p makes of rounding), the same NaN, the same zeros outside, the same ties."""
+    assert _kernel.takes(losses)
+    got, want = ambiguity.solve(losses, base=base, mask=mask).wide_ratio, by_torch(ambiguity, losses, base, mask)
+    share = Problem.unchecked(losses, base, mask).base
+    rounding = 4e-15 * losses.shape[-1] if share is None else 4e-15 / share.clamp(min=1e-300)
+    assert torch.equal(got.isnan(), want.isnan()), ambiguity
+    wrong = (got - want).abs() > 2e-6 * (1 + want.abs()) + rounding
+    assert not wrong.any(), (ambiguity, wrong.nonzero().tolist(), got[wrong], want[wrong])
+    on = torch.ones_like(got, dtype=torch.bool) if share is None else share > 0
+    assert (got[~on & ~got.isnan()] == 0).all(), ambiguity
+    assert_ties(losses, got, on & ~got.isnan(), ambiguity)
+
+
+def assert_ties(losses: Tensor, ratio: Tensor, on: Tensor, ambiguity: AmbiguitySet) -> None:
+    for row, of_row, counted in zip(*(x.reshape(-1, x.shape[-1]) for x in (losses, ratio, on)), strict=True):
+        order = row[counted].sort().indices
+        tied = row[counted][order].diff() == 0
+        assert (of_row[counted][order].diff()[tied] == 0).all(), (ambiguity, row)
+
+
+@each_set
+def test_every_row_of_the_catalogue(ambiguity: AmbiguitySet) -> None:
+    assert_parity(ambiguity, *comparing.stack(SHORT))
+
+
+@each_typical
+def test_every_row_in_float32(ambiguity: AmbiguitySet) -> None:
+    assert_parity(ambiguity, *comparing.stack([case.to(torch.float32) for case in SHORT]))
+
+
+@each_set
+def test_rows_without_base_or_mask(ambiguity: AmbiguitySet) -> None:
+    for case in (inputs.ORDINARY[5], inputs.TIED[0], inputs.POISONED[0]):
+        assert_parity(ambiguity, case.losses, None, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@each_typical
+def test_shapes_and_dtypes(ambiguity: AmbiguitySet, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows over several programs, leading dimensions, strides, a base and a mask of all rows."""
+    monkeypatch.setattr(_triton, "_TILE", 2**10)
+    losses = torch.randn(2, 33, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
+    base, mask = torch.linspace(1, 2, 40, dtype=dtype), torch.arange(40) % 7 > 0
+    assert_parity(ambiguity, losses, base, mask)
+    assert_parity(ambiguity, losses.mT, None, torch.arange(33) > 2)
+    assert_parity(ambiguity, losses[:0], None, None)
+
+
+@each_typical
+def test_longest_row(ambiguity: AmbiguitySet) -> None:
+    assert_parity(ambiguity, inputs.ORDINARY[-1].losses, None, None)
+    assert not _kernel.takes(torch.empty(4097))
+
+
+@pytest.mark.parametrize("ambiguity", TYPICAL[::2], ids=str)
+def test_laws(ambiguity: AmbiguitySet) -> None:
+    for case in (inputs.ORDINARY[4], inputs.WEIGHTED[3], inputs.MASKED[4]):
+        laws.assert_feasible(comparing.alone, ambiguity, case)
+        laws.assert_optimal(comparing.alone, ambiguity, case)
+        laws.assert_summaries(comparing.alone, ambiguity, case)
+    laws.assert_rows_are_independent(ambiguity, inputs.TIED[:4], inputs.POISONED[0])
+    laws.assert_detached(ambiguity, inputs.WEIGHTED[0])
+
+
+@each_typical
+def test_bad_base_makes_its_row_nan(ambiguity: AmbiguitySet) -> None:
+    base = torch.tensor([[1.0, -0.5, 1.0], [1.0, torch.inf, 1.0], [1.0, torch.nan, 1.0], [1.0, 2.0, 1.0]])
+    ratio = ambiguity.solve_unchecked(torch.tensor([0.1, 0.7, 0.4]).expand(4, 3), base).ratio
+    assert ratio[:3].isnan().all() and ratio[3].isfinite().all()
+
+
+@each_typical
+def test_deterministic(ambiguity: AmbiguitySet) -> None:
+    losses = torch.randn(5, 100)
+    assert torch.equal(ambiguity.solve(losses).wide_ratio, ambiguity.solve(losses).wide_ratio)
+
+
+@pytest.mark.parametrize("ambiguity", TYPICAL[::4], ids=str)
+def test_compiled_and_transformed(ambiguity: AmbiguitySet) -> None:
+    torch._dynamo.reset()
+    losses, base = torch.randn(3, 7, dtype=torch.float64), torch.rand(3, 7, dtype=torch.float64) + 0.1
+
+    def ratio(losses: Tensor, base: Tensor | None = None) -> Tensor:
+        return ambiguity.solve_unchecked(losses, base).ratio
+
+    want = ratio(losses, base)
+    traced = torch.compile(ratio, fullgraph=True, backend="aot_eager")
+    every = torch.vmap(ratio, in_dims=(None, 0))(losses, base[:, None].expand(3, 3, 7))
+    for got in (traced(losses, base), torch.vmap(ratio)(losses, base), every.diagonal().mT):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    single = torch.vmap(ratio, in_dims=(0, None))(losses, base[0])
+    torch.testing.assert_close(single, ratio(losses, base[0]), rtol=1e-12, atol=1e-12)
