@@ -118,6 +118,18 @@ def test_loss_is_that_of_openrlhf_with_the_gradient_reweighted(case: str) -> Non
     torch.testing.assert_close(out, loss_fn(*arguments, **named), rtol=0, atol=0)
 
 
+def test_losses_have_the_units_of_a_whole_step() -> None:
+    """Whatever the cut, a sample enters the memory with the same loss."""
+    seen = []
+    for cut in ([0, N], [0, 2, N]):
+        loss_fn, arguments, named = supervised()
+        robust = RobustLoss(loss_fn, Reweighter(SET))
+        for start, end in zip(cut, cut[1:], strict=False):
+            robust(*(x[start:end] for x in arguments), **named)
+        seen.append(robust.reweighter.state_dict()["pool"]["waiting"]["scores"])
+    torch.testing.assert_close(seen[0], seen[1], rtol=1e-6, atol=1e-7)
+
+
 class Engine(nn.Module):
     """What DeepSpeed's engine does with a loss: its `step` is called for every micro-batch."""
 
@@ -126,6 +138,12 @@ class Engine(nn.Module):
         self.module, self.accumulation = module, accumulation
         self.micro_steps = self.global_steps = 0
         self.gradients: list[Tensor] = []
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:  # what it has not got, its module may have
+            return getattr(super().__getattr__("module"), name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
