@@ -7,6 +7,7 @@ are not installed, and `Engine` below plays DeepSpeed's part: what it has to do 
 from __future__ import annotations
 
 from importlib.util import find_spec
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -124,7 +125,7 @@ def test_losses_have_the_units_of_a_whole_step() -> None:
     for cut in ([0, N], [0, 2, N]):
         loss_fn, arguments, named = supervised()
         robust = RobustLoss(loss_fn, Reweighter(SET))
-        for start, end in zip(cut, cut[1:], strict=False):
+        for start, end in pairwise(cut):
             robust(*(x[start:end] for x in arguments), **named)
         seen.append(robust.reweighter.state_dict()["pool"]["waiting"]["scores"])
     torch.testing.assert_close(seen[0], seen[1], rtol=1e-6, atol=1e-7)
