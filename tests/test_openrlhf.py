@@ -20,7 +20,7 @@ from hollow import hollow
 from torch import Tensor, nn
 
 if find_spec("openrlhf") is None:
-    pytest.skip("needs openrlhf; CONTRIBUTING.md has the line that installs it", allow_module_level=True)
+    pytest.skip("needs openrlhf; docs/other_trainers.md has the line that installs it", allow_module_level=True)
 with hollow("deepspeed", "ray", "vllm", "flash_attn", "torchdata", "aiohttp", "pylatexenc"):
     from openrlhf.models import loss as losses_of
     from openrlhf.trainer.dpo_trainer import DPOTrainer
