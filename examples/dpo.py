@@ -16,6 +16,7 @@ from collections.abc import Iterator
 
 try:
     import torch
+    from command_line import positive, settings
     from lora_policy import (
         PairTokens,
         Policy,
@@ -25,8 +26,8 @@ try:
         with_reference,
     )
     from lora_scorer import micro_batches
-    from policy_run import Adversary, Iterates, RunFiles, both_runs, drawn, make_parser, parse
-    from reward_model import draw_steps, load_pairs, positive, settings
+    from policy_run import Adversary, Iterates, RunFiles, both_runs, make_parser, parse, wrong_use_ends
+    from reward_model import draw_steps, drawn, load_pairs
     from reward_report import Run, make_console, report
     from torch import Tensor
 
@@ -48,7 +49,7 @@ def train(
     """One optimizer step for each batch, with its log."""
     optimizer = torch.optim.AdamW(policy.parameters, lr=args.lr)
     if adversary.ambiguity is not None:
-        optimizer = robustgrad.RobustOptimizer(optimizer, adversary.ambiguity)  # robustgrad
+        optimizer = robustgrad.RobustOptimizer(optimizer, adversary.ambiguity, pool=args.pool)  # robustgrad
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=len(steps))
     reweighter = getattr(optimizer, "reweighter", None)
     done = files.start(optimizer=optimizer, schedule=schedule, reweighter=reweighter, iterates=iterates)
@@ -96,14 +97,12 @@ def options() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     parser = options()
-    try:
+    with wrong_use_ends(parser):
         args = parse(parser, argv, steps=12)
         robust = Adversary.of(args)
         pairs, evals = load_pairs(args)
         evals = drawn(evals, args.eval_pairs, args.seed)
         policy = Policy(args.model, args.device, args.seed)
-    except (ValueError, OSError) as problem:
-        parser.exit(2, f"{parser.prog}: error: {problem}\n")
     console = make_console()
     batch_size = args.micro_batch * args.accumulate
     console.print(f"{len(pairs)} training pairs, {args.steps} steps of {batch_size}; {robust}")

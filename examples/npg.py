@@ -4,7 +4,7 @@
     python examples/npg.py --ambiguity cvar --radius 0.5 --trust 0.02
 
 Algorithm 2 of arXiv 2503.00539: the adversary shifts the prompts to where the policy's value is low, and both the
-gradient and the Fisher matrix are the worst case's. Reward and prompts are those of ppo.py. The lines marked
+gradient and the Fisher matrix are the worst case's. Rewards and prompts are those of ppo.py. The lines marked
 `# robustgrad` are what the robust run adds.
 """
 
@@ -12,56 +12,42 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections import Counter
 from collections.abc import Iterator
-from itertools import islice
 
 try:
     import torch
-    from lora_policy import Policy
-    from policy_run import Adversary, Iterates, RunFiles, both_runs, make_parser, parse
-    from ppo import add_rollout_options, draw_prompts
-    from reward_model import positive
-    from reward_report import Run, make_console
-    from rollouts import Prompt, collect, load_prompts, mean_rewards, report_rewards
+    from command_line import positive
+    from lora_policy import Policy, Responses
+    from policy_run import Adversary, Iterates, RunFiles, compare_rewards, make_parser, parse, wrong_use_ends
+    from rollouts import Task, add_rollout_options
     from torch import Tensor
 
     from robustgrad import Reweighter
-    from robustgrad.npg import natural_gradient
+    from robustgrad.npg import NaturalGradient, natural_gradient, natural_gradient_by_sample
     from robustgrad.objectives import group_advantages
     from robustgrad.robust_ppo import prompt_ratio, prompt_scores
 except ImportError as error:
     raise SystemExit(f'{error}\nInstall what this example needs: pip install "robustgrad[hf,plot]"') from None
 
 
-def train(
-    policy: Policy,
-    prompts: list[Prompt],
-    adversary: Adversary,
-    args: argparse.Namespace,
-    files: RunFiles,
-    iterates: Iterates,
-) -> Iterator[dict[str, Tensor]]:
+def train(task: Task, adversary: Adversary, files: RunFiles, iterates: Iterates) -> Iterator[dict[str, Tensor]]:
     """One rollout and one natural step each."""
-    reweighter = None if adversary.ambiguity is None else Reweighter(adversary.ambiguity)  # robustgrad
+    policy, args = task.policy, task.args
+    reweighter = None
+    if adversary.ambiguity is not None:
+        reweighter = Reweighter(adversary.ambiguity, pool=args.pool)  # robustgrad
     optimizer = torch.optim.SGD(policy.parameters, lr=1.0)
     done = files.start(reweighter=reweighter, iterates=iterates)
     yield from files.replay()
-    for step, asked in islice(enumerate(draw_prompts(prompts, args), start=1), done, args.steps):
-        rollout = collect(policy, asked, args.responses, args.new_tokens, args.groups == "domain")
-        log_probs = policy.log_probs(rollout.batch)
-        with policy.reference():
-            kl = log_probs.detach() - policy.log_probs(rollout.batch)
+    for step, rollout in enumerate(task.rollouts(args.responses, done), start=done + 1):
+        kl = log_ratios(policy, rollout.batch)
         count, ratio = len(kl), torch.ones_like(kl)
         if reweighter is not None:
             scores = prompt_scores(rollout.rewards, kl, beta=args.beta)
             ratio = prompt_ratio(scores, reweighter, groups=rollout.groups)  # robustgrad
         same_prompt = torch.arange(count, device=kl.device) // args.responses
         advantages = group_advantages(rollout.rewards - args.beta * kl, same_prompt, scale="none")
-        natural = natural_gradient(
-            log_probs, advantages, policy.parameters,
-            weights=ratio / count, ridge=args.ridge, iterations=args.iterations,
-        )  # fmt: skip
+        natural = direction(policy, rollout.batch, advantages, ratio / count, args)
         step_size = natural.step_size(args.trust, largest=args.lr)
         natural.assign(policy.parameters, step_size)
         optimizer.step()
@@ -75,43 +61,48 @@ def train(
         yield log
 
 
+def direction(
+    policy: Policy, batch: Responses, advantages: Tensor, weights: Tensor, args: argparse.Namespace
+) -> NaturalGradient:
+    """Exactly, from one backward pass for each response; or by conjugate gradient, as a larger batch needs it."""
+    if args.iterations is None:
+        one_by_one = (policy.log_probs(policy.row(batch, i))[0] for i in range(len(advantages)))
+        return natural_gradient_by_sample(one_by_one, advantages, policy.parameters, weights=weights, ridge=args.ridge)
+    return natural_gradient(
+        policy.log_probs(batch), advantages, policy.parameters,
+        weights=weights, ridge=args.ridge, iterations=args.iterations,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def log_ratios(policy: Policy, batch: Responses) -> Tensor:
+    """log pi / pi_ref of the responses, (n,): on average over them the KL from the reference."""
+    log_probs = policy.log_probs(batch)
+    with policy.reference():
+        return log_probs - policy.log_probs(batch)
+
+
 def options() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, "runs/npg", ("tv", "chi2", "kl", "cvar"), steps=10, lr=10.0)
     add = parser.add_argument
     add_rollout_options(parser)
     add("--beta", type=positive(float), default=0.02, help="price of the KL (default: %(default)s)")
     add("--ridge", type=positive(float), default=0.1, help="added to the Fisher matrix (default: %(default)s)")
-    add("--iterations", type=positive(int), default=6, help="of conjugate gradient (default: %(default)s)")
+    add("--iterations", type=positive(int), help="of conjugate gradient (default: solved exactly)")
     add("--trust", type=positive(float), default=0.02, help="KL of a step in nats (default: %(default)s)")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = options()
-    try:
+    with wrong_use_ends(parser):
         args = parse(parser, argv, steps=4, prompts=4, new_tokens=6)
-        robust = Adversary.of(args)
-        policy = Policy(args.model, args.device, args.seed)
-        prompts, evals = load_prompts(policy, args)
-    except (ValueError, OSError) as problem:
-        parser.exit(2, f"{parser.prog}: error: {problem}\n")
-    console = make_console()
-    console.print(f"{args.steps} natural steps, {args.prompts} prompts x {args.responses} responses each; {robust}")
-    results = {"reference": mean_rewards(policy, evals, args.new_tokens)}
+        robust, task = Adversary.of(args), Task.load(args)
 
     def train_with(adversary: Adversary, files: RunFiles, iterates: Iterates) -> Iterator[dict[str, Tensor]]:
-        return train(policy, prompts, adversary, args, files, iterates)
+        return train(task, adversary, files, iterates)
 
-    def validate() -> float:
-        return -min(mean_rewards(policy, evals[::4], args.new_tokens).values())
-
-    def evaluate(run: Run) -> None:
-        results[run.name] = mean_rewards(policy, evals, args.new_tokens)
-
-    runs, stopped = both_runs(policy, robust, args, console, train_with, validate, evaluate)
-    shares = {name: count / len(prompts) for name, count in Counter(p.domain for p in prompts).items()}
-    report_rewards(console, args.out, runs, results, shares)
-    return 130 if stopped else 0
+    return compare_rewards(task, robust, train_with, "natural policy gradient")
 
 
 if __name__ == "__main__":

@@ -1,23 +1,23 @@
-"""What the policy examples share around their loops: options, the adversary, the iterate kept, files to resume from."""
+"""What the policy examples share around their loops: options, the adversary, the plain and the robust run."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import random
-import shlex
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from command_line import SETS, device, positive, read_settings, settings
 from lora_policy import TINY, Policy, packaged_model
-from preference_pairs import Pair
-from reward_model import SETS, Interrupt, device, follow, positive
-from reward_report import Run
+from progress import Interrupt, follow
+from reward_report import Run, make_console
 from rich.console import Console
+from rollout_report import report_rewards
+from rollouts import Task
+from run_state import Iterates, RunFiles
 from torch import Tensor
-from torch.optim.swa_utils import get_swa_multi_avg_fn
 
 import robustgrad
 
@@ -45,85 +45,6 @@ class Adversary:
 
     def __str__(self) -> str:
         return f"Wasserstein({self.wasserstein:g})" if self.wasserstein else repr(self.ambiguity or "plain")
-
-
-class Iterates:
-    """The parameters a run ends with: those of the last step, of the best validation, or an average of steps.
-
-    The average is over the second half of the steps. `validate` gives a number, lower is better; it is asked
-    eight times during a run.
-    """
-
-    def __init__(self, kind: str, parameters: list[Tensor], steps: int, validate: Callable[[], float]) -> None:
-        self.kind, self.parameters, self.steps, self.validate = kind, parameters, steps, validate
-        self.kept = [p.detach().clone() for p in parameters]
-        self.count, self.best = 0, float("inf")
-
-    def after(self, step: int) -> None:
-        if self.kind == "average" and step > self.steps // 2:
-            get_swa_multi_avg_fn()(self.kept, [p.detach() for p in self.parameters], torch.tensor(self.count))
-            self.count += 1
-        asked = step % max(1, self.steps // 8) == 0 or step == self.steps
-        if self.kind == "best" and asked and (score := self.validate()) < self.best:
-            self.best, self.count = score, step
-            self.kept = [p.detach().clone() for p in self.parameters]
-
-    @torch.no_grad()
-    def finish(self) -> None:
-        if self.kind != "last" and self.count:
-            for parameter, kept in zip(self.parameters, self.kept, strict=True):
-                parameter.copy_(kept)
-
-    def state_dict(self) -> dict:
-        return {"kept": self.kept, "count": self.count, "best": self.best}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.kept, self.count, self.best = state["kept"], state["count"], state["best"]
-
-
-class RunFiles:
-    """One run's log, a JSON line for each step, and its checkpoint: everything that `--resume` needs.
-
-    Args:
-        parts: what has a `state_dict`, by name.
-    """
-
-    def __init__(self, folder: Path, parameters: list[Tensor], every: int, resume: bool) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.log_path, self.checkpoint = folder / "log.jsonl", folder / "checkpoint.pt"
-        self.parameters, self.every, self.resume = parameters, every, resume
-        self.parts: dict[str, object] = {}
-
-    def start(self, **parts: object) -> int:
-        """Restore the parts and the parameters; returns the step to go on from, 0 for a new run."""
-        self.parts = {name: part for name, part in parts.items() if part is not None}
-        if not (self.resume and self.checkpoint.exists()):
-            self.log_path.write_text("")
-            return 0
-        state = torch.load(self.checkpoint, weights_only=True)
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
-        with torch.no_grad():
-            for parameter, saved in zip(self.parameters, state["parameters"], strict=True):
-                parameter.copy_(saved)
-        torch.set_rng_state(state["rng"])
-        lines = self.log_path.read_text().splitlines()[: state["step"]]
-        self.log_path.write_text("".join(line + "\n" for line in lines))
-        return state["step"]
-
-    def replay(self) -> Iterator[dict[str, Tensor]]:
-        """The logs of the steps that were made before."""
-        for line in self.log_path.read_text().splitlines():
-            yield {key: torch.tensor(value) for key, value in json.loads(line).items() if key != "step"}
-
-    def after(self, step: int, log: dict[str, Tensor]) -> None:
-        row = {"step": step} | {key: float(value) for key, value in log.items()}
-        with self.log_path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        if step % self.every == 0:
-            state = {name: part.state_dict() for name, part in self.parts.items()}
-            state |= {"step": step, "parameters": [p.detach() for p in self.parameters]}
-            torch.save(state | {"rng": torch.get_rng_state()}, self.checkpoint)
 
 
 Train = Callable[[Adversary, RunFiles, Iterates], Iterator[dict[str, Tensor]]]
@@ -165,10 +86,36 @@ def both_runs(
     return runs, stop.asked
 
 
-def drawn(evals: dict[str, list[Pair]], count: int, seed: int) -> dict[str, list[Pair]]:
-    """At most `count` pairs of each evaluation set, from all over it."""
-    rng = random.Random(seed)
-    return {name: rng.sample(pairs, min(count, len(pairs))) for name, pairs in evals.items()}
+def compare_rewards(task: Task, robust: Adversary, train: Train, what: str, extra: Sequence[Tensor] = ()) -> int:
+    """Train plain and robust on rewards of generated responses; report those of all policies by domain.
+
+    Args:
+        what: the algorithm, for the first line of the output.
+        extra: as in `both_runs`.
+    Returns: the exit code.
+    """
+    args, console = task.args, make_console()
+    console.print(f"{what}: {args.steps} rollouts of {args.prompts} prompts; {robust}")
+    results = {"reference": task.mean_rewards()}
+
+    def validate() -> float:
+        return -min(task.mean_rewards(every=4).values())
+
+    def evaluate(run: Run) -> None:
+        results[run.name] = task.mean_rewards()
+
+    runs, stopped = both_runs(task.policy, robust, args, console, train, validate, evaluate, extra)
+    report_rewards(console, args.out, runs, results, task.shares, settings(args, robust))
+    return 130 if stopped else 0
+
+
+@contextmanager
+def wrong_use_ends(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """What the user can put right ends the program with a sentence instead of a traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as problem:
+        parser.exit(2, f"{parser.prog}: error: {problem}\n")
 
 
 def make_parser(description: str, out: str, sets: tuple[str, ...], **defaults: object) -> argparse.ArgumentParser:
@@ -179,7 +126,7 @@ def make_parser(description: str, out: str, sets: tuple[str, ...], **defaults: o
         allow_abbrev=False,
         fromfile_prefix_chars="@",  # @examples/settings/....txt, with comments
     )
-    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
+    parser.convert_arg_line_to_args = read_settings
     add, whole = parser.add_argument, positive(int)
     radii = ", ".join(f"{name} {SETS[name][1] if name in SETS else WASSERSTEIN_RADIUS:g}" for name in sets)
     add("--data", type=Path, metavar="FILE", help="pairs, .jsonl or .jsonl.gz (default: made here)")
@@ -188,6 +135,7 @@ def make_parser(description: str, out: str, sets: tuple[str, ...], **defaults: o
     add("--ambiguity", choices=sets, default="tv", help="set of the robust run (default: %(default)s)")
     add("--radius", type=float, help=f"its radius, alpha for cvar (default: {radii})")
     add("--temperature", type=positive(float), help="price of a KL of 1 in units of the loss, instead of a radius")
+    add("--pool", choices=("memory", "batch"), default="memory", help="what competes: recent losses, or each call's")
     add("--iterate", choices=("last", "best", "average"), default="last", help="which is kept (default: %(default)s)")
     add("--steps", type=whole, help="optimizer steps of each run (default: %(default)s)")
     add("--micro-batch", type=whole, default=4, help="samples per forward pass (default: %(default)s)")

@@ -4,26 +4,26 @@
     python examples/ppo.py --version A --scaled rewards --kl-inside
     python examples/ppo.py --version B --ambiguity chi2 --radius 0.5 --groups domain
 
-arXiv 2503.00539. The reward is programmatic (`reward` in rollouts.py): courtesy where a domain likes it, brevity
-elsewhere. The lines marked `# robustgrad` are what the robust run adds to an ordinary loop.
+    python examples/reward_model.py --data pairs.jsonl.gz
+    python examples/ppo.py --data pairs.jsonl.gz --reward-model runs/reward_model/robust
+
+arXiv 2503.00539. The reward is a rule (`rule` in rewards.py: courtesy where a domain likes it, brevity elsewhere), or
+with --reward-model the score of the adapters that reward_model.py saved, or of any classifier of sequences. The lines
+marked `# robustgrad` are what the robust run adds to an ordinary loop.
 """
 
 from __future__ import annotations
 
 import argparse
-import random
 import sys
-from collections import Counter
 from collections.abc import Iterator
-from itertools import islice
 
 try:
     import torch
+    from command_line import positive
     from lora_policy import Policy, Responses
-    from policy_run import Adversary, Iterates, RunFiles, both_runs, make_parser, parse
-    from reward_model import positive
-    from reward_report import Run, make_console
-    from rollouts import Prompt, Rollout, collect, load_prompts, mean_rewards, report_rewards
+    from policy_run import Adversary, Iterates, RunFiles, compare_rewards, make_parser, parse, wrong_use_ends
+    from rollouts import Rollout, Task, add_rollout_options
     from torch import Tensor, nn
 
     from robustgrad import Reweighter
@@ -73,23 +73,19 @@ class Experience:
 
 
 def train(
-    policy: Policy,
-    critic: nn.Module,
-    prompts: list[Prompt],
-    adversary: Adversary,
-    args: argparse.Namespace,
-    files: RunFiles,
-    iterates: Iterates,
+    task: Task, critic: nn.Module, adversary: Adversary, files: RunFiles, iterates: Iterates
 ) -> Iterator[dict[str, Tensor]]:
     """One rollout and its update for each step."""
+    policy, args = task.policy, task.args
     ppo = RobustPPO(args.version, scaled=args.scaled, critic_targets=args.critic_targets, kl_inside=args.kl_inside)
-    reweighter = None if adversary.ambiguity is None else Reweighter(adversary.ambiguity)  # robustgrad
+    reweighter = None
+    if adversary.ambiguity is not None:
+        reweighter = Reweighter(adversary.ambiguity, pool=args.pool)  # robustgrad
     groups = [{"params": policy.parameters}, {"params": critic.parameters(), "lr": 10 * args.lr}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr)
     done = files.start(optimizer=optimizer, reweighter=reweighter, iterates=iterates)
     yield from files.replay()
-    for step, asked in islice(enumerate(draw_prompts(prompts, args), start=1), done, args.steps):
-        rollout = collect(policy, asked, args.responses, args.new_tokens, args.groups == "domain")
+    for step, rollout in enumerate(task.rollouts(args.responses, done), start=done + 1):
         experience = Experience(policy, critic, rollout, ppo, reweighter, args)
         for _ in range(args.epochs):
             order, total = torch.randperm(len(rollout.rewards)), 0.0
@@ -109,20 +105,6 @@ def train(
         yield log
 
 
-def draw_prompts(prompts: list[Prompt], args: argparse.Namespace) -> Iterator[list[Prompt]]:
-    rng = random.Random(args.seed)
-    while True:
-        yield rng.sample(prompts, min(args.prompts, len(prompts)))
-
-
-def add_rollout_options(parser: argparse.ArgumentParser) -> None:
-    add, whole = parser.add_argument, positive(int)
-    add("--prompts", type=whole, default=8, help="prompts of a rollout (default: %(default)s)")
-    add("--responses", type=whole, default=4, help="responses to each (default: %(default)s)")
-    add("--new-tokens", type=whole, default=24, help="tokens of a response at most (default: %(default)s)")
-    add("--groups", choices=("prompt", "domain"), default="prompt", help="what the adversary shifts")
-
-
 def options() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, "runs/ppo", ("tv", "chi2", "kl", "cvar"), steps=16, lr=1e-4, micro_batch=8)
     add = parser.add_argument
@@ -139,36 +121,18 @@ def options() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     parser = options()
-    try:
+    with wrong_use_ends(parser):
         args = parse(parser, argv, steps=4, prompts=4, new_tokens=6)
         robust = Adversary.of(args)
         RobustPPO(args.version, scaled=args.scaled, critic_targets=args.critic_targets, kl_inside=args.kl_inside)
-        policy = Policy(args.model, args.device, args.seed)
-        prompts, evals = load_prompts(policy, args)
-    except (ValueError, OSError) as problem:
-        parser.exit(2, f"{parser.prog}: error: {problem}\n")
-    critic = nn.Linear(policy.embedding.weight.shape[1], 1).to(args.device)
+        task = Task.load(args)
+    critic = nn.Linear(task.policy.embedding.weight.shape[1], 1).to(args.device)
     nn.init.zeros_(critic.weight), nn.init.zeros_(critic.bias)
-    console = make_console()
-    console.print(
-        f"{args.steps} rollouts of {args.prompts} prompts x {args.responses}; version {args.version}, {robust}"
-    )
-    results = {"reference": mean_rewards(policy, evals, args.new_tokens)}
 
     def train_with(adversary: Adversary, files: RunFiles, iterates: Iterates) -> Iterator[dict[str, Tensor]]:
-        return train(policy, critic, prompts, adversary, args, files, iterates)
+        return train(task, critic, adversary, files, iterates)
 
-    def validate() -> float:
-        return -min(mean_rewards(policy, evals[::4], args.new_tokens).values())
-
-    def evaluate(run: Run) -> None:
-        results[run.name] = mean_rewards(policy, evals, args.new_tokens)
-
-    extra = list(critic.parameters())
-    runs, stopped = both_runs(policy, robust, args, console, train_with, validate, evaluate, extra)
-    shares = {name: count / len(prompts) for name, count in Counter(p.domain for p in prompts).items()}
-    report_rewards(console, args.out, runs, results, shares)
-    return 130 if stopped else 0
+    return compare_rewards(task, robust, train_with, f"PPO, version {args.version}", list(critic.parameters()))
 
 
 if __name__ == "__main__":

@@ -13,19 +13,27 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
 try:
     import torch
+    from command_line import positive, settings
     from dpo import leads
     from lora_policy import PairTokens, Policy, encode_pairs, pair_log_probs, with_reference
-    from policy_run import Adversary, Iterates, RunFiles, both_runs, drawn, make_parser, parse
-    from ppo import add_rollout_options, draw_prompts
-    from reward_model import draw_steps, load_pairs, positive, settings
+    from policy_run import (
+        Adversary,
+        Iterates,
+        RunFiles,
+        both_runs,
+        compare_rewards,
+        make_parser,
+        parse,
+        wrong_use_ends,
+    )
+    from reward_model import draw_steps, drawn, load_pairs
     from reward_report import Run, make_console, report
-    from rollouts import collect, load_prompts, mean_rewards, report_rewards
+    from rollouts import Task, add_rollout_options
     from torch import Tensor
 
     import robustgrad
@@ -44,18 +52,17 @@ def offline(policy: Policy, pairs: list, args: argparse.Namespace) -> Iterator[B
         yield [(pair, 1.0) for pair in encoded[start : start + args.prompts]]
 
 
-def online(policy: Policy, prompts: list, args: argparse.Namespace, done: int = 0) -> Iterator[Batch]:
+def online(task: Task, done: int = 0) -> Iterator[Batch]:
     """Two answers of the current policy to each prompt, with its own log-probabilities of them."""
-    for asked in islice(draw_prompts(prompts, args), done, None):
-        rollout = collect(policy, asked, 2, args.new_tokens)
+    for prompts, batch, rewards, _ in task.rollouts(2, done):
         with torch.no_grad():
-            old = policy.log_probs(rollout.batch).view(-1, 2).tolist()
-        gaps = (rollout.rewards[::2] - rollout.rewards[1::2]).tolist()
-        rows = [row[mask].tolist() for row, mask in zip(rollout.batch.tokens, rollout.batch.mask, strict=True)]
-        answers = zip(rows[::2], rows[1::2], strict=True)
+            old = task.policy.log_probs(batch).view(-1, 2).tolist()
+        gaps = (rewards[::2] - rewards[1::2]).tolist()
+        rows = [row[mask].tolist() for row, mask in zip(batch.tokens, batch.mask, strict=True)]
+        answers = zip(prompts[::2], rows[::2], rows[1::2], old, gaps, strict=True)
         yield [
-            (PairTokens(prompt.ids, first, second, tuple(log_probs)), gap)
-            for prompt, (first, second), log_probs, gap in zip(asked, answers, old, gaps, strict=True)
+            (PairTokens(prompt.ids, one, other, tuple(log_probs)), gap)
+            for prompt, one, other, log_probs, gap in answers
         ]
 
 
@@ -70,7 +77,7 @@ def train(
     """`args.epochs` optimizer steps on each batch, with its log."""
     optimizer = torch.optim.AdamW(policy.parameters, lr=args.lr)
     if adversary.ambiguity is not None:
-        optimizer = robustgrad.RobustOptimizer(optimizer, adversary.ambiguity)  # robustgrad
+        optimizer = robustgrad.RobustOptimizer(optimizer, adversary.ambiguity, pool=args.pool)  # robustgrad
     reweighter = getattr(optimizer, "reweighter", None)
     done = files.start(optimizer=optimizer, reweighter=reweighter, iterates=iterates)
     yield from files.replay()
@@ -119,14 +126,12 @@ def options() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     parser = options()
-    try:
+    with wrong_use_ends(parser):
         args = parse(parser, argv, steps=4, prompts=8, new_tokens=6)
         robust = Adversary.of(args)
-        policy = Policy(args.model, args.device, args.seed)
-        run_it = run_online if args.online else run_offline
-        return run_it(policy, robust, args)
-    except (ValueError, OSError) as problem:
-        parser.exit(2, f"{parser.prog}: error: {problem}\n")
+        if args.online:
+            return run_online(Task.load(args), robust)
+        return run_offline(Policy(args.model, args.device, args.seed), robust, args)
 
 
 def run_offline(policy: Policy, robust: Adversary, args: argparse.Namespace) -> int:
@@ -152,28 +157,11 @@ def run_offline(policy: Policy, robust: Adversary, args: argparse.Namespace) -> 
     return 130 if stopped else 0
 
 
-def run_online(policy: Policy, robust: Adversary, args: argparse.Namespace) -> int:
-    prompts, evals = load_prompts(policy, args)
-    console = make_console()
-    console.print(f"{args.steps} batches of {args.prompts} prompts with two answers each; {robust}")
-    results = {"reference": mean_rewards(policy, evals, args.new_tokens)}
-
+def run_online(task: Task, robust: Adversary) -> int:
     def train_with(adversary: Adversary, files: RunFiles, iterates: Iterates) -> Iterator[dict[str, Tensor]]:
-        def batches_from(done: int) -> Iterator[Batch]:
-            return online(policy, prompts, args, done)
+        return train(task.policy, lambda done: online(task, done), adversary, task.args, files, iterates)
 
-        return train(policy, batches_from, adversary, args, files, iterates)
-
-    def validate() -> float:
-        return -min(mean_rewards(policy, evals[::4], args.new_tokens).values())
-
-    def evaluate(run: Run) -> None:
-        results[run.name] = mean_rewards(policy, evals, args.new_tokens)
-
-    runs, stopped = both_runs(policy, robust, args, console, train_with, validate, evaluate)
-    shares = {name: count / len(prompts) for name, count in Counter(p.domain for p in prompts).items()}
-    report_rewards(console, args.out, runs, results, shares)
-    return 130 if stopped else 0
+    return compare_rewards(task, robust, train_with, "REBEL, online")
 
 
 if __name__ == "__main__":

@@ -58,6 +58,15 @@ def per_sample(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must have shape (n,), got {tuple(tensor.shape)}. {remedy}")
 
 
+def finite_losses(name: str, losses: Tensor) -> None:
+    """One finite loss per sample, and at least one, where a number is to come out."""
+    per_sample(name, losses)
+    bad = (~losses.detach().isfinite()).nonzero().flatten().tolist()
+    if bad or len(losses) == 0:
+        found = f"NaN or infinity at {bad[:10]} of {len(losses)}" if bad else "none at all"
+        raise ValueError(f"{name} must be finite, got {found}. Find their cause, or leave them out knowingly.")
+
+
 def same_samples(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     """`tensor` is per sample and belongs to the samples of `other`."""
     per_sample(name, tensor)
@@ -124,7 +133,7 @@ def integer_ids(groups: Tensor, losses: Tensor) -> None:
         raise TypeError(f"groups must be integer ids, one per sample, got {groups.dtype}. Use groups.long().")
 
 
-def instance(name: str, value: object, kind: type, what: str, remedy: str) -> None:
+def instance(name: str, value: object, kind: type | tuple[type, ...], what: str, remedy: str) -> None:
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be {what}, got {value!r}. {remedy}")
 
@@ -146,30 +155,35 @@ def memory_size(memory: int | None, pool: str) -> None:
         raise ValueError(f'memory must be left out with pool="{pool}", got {memory}. Use pool="memory".')
 
 
-def reweightable(losses: Tensor, *, hooked: bool, by_token: bool, with_gradient: bool, may_be_empty: bool) -> None:
-    """One loss per sample (or token), on the way to a gradient, and not reweighted before."""
-    floating("losses", losses, "Losses are real numbers with a gradient.")
-    shape = tuple(losses.shape)
-    if losses.dim() == 0:
+def one_per_sample(name: str, tensor: Tensor, *, by_token: bool, may_be_empty: bool) -> None:
+    """One floating entry per sample, (n,) or (n, 1), or per token."""
+    floating(name, tensor)
+    shape = tuple(tensor.shape)
+    if tensor.dim() == 0:
         raise ValueError(
-            "losses must have shape (n,), one loss per sample, got a scalar (). Call before the reduction "
-            '(reduction="none"), or pass loss.reshape(1) if this is the loss of one single sample.'
+            f"{name} must have shape (n,), one entry per sample, got a scalar (). Call before the reduction "
+            f'(reduction="none"), or pass {name}.reshape(1) if this is one single sample.'
         )
-    if not by_token and (losses.dim() > 2 or (losses.dim() == 2 and losses.shape[1] != 1)):
-        trap = losses.dim() == 2 and losses.shape[0] == losses.shape[1]
+    if not by_token and (tensor.dim() > 2 or (tensor.dim() == 2 and shape[1] != 1)):
+        trap = tensor.dim() == 2 and shape[0] == shape[1]
         why = (
             "(n,) against (n, 1) broadcasts to (n, n): squeeze one of them first"
             if trap
             else (
-                "Reduce to one loss per sample, pass losses.flatten() if each entry is one, or say with units= "
+                f"Reduce to one entry per sample, pass {name}.flatten() if each entry is one, or say with units= "
                 "what shares a ratio"
             )
         )
-        raise ValueError(f"losses must have shape (n,) or (n, 1), got {shape}. {why}.")
-    if losses.numel() == 0 and may_be_empty:
-        return
+        raise ValueError(f"{name} must have shape (n,) or (n, 1), got {shape}. {why}.")
+    if tensor.numel() == 0 and not may_be_empty:
+        raise ValueError(f"{name} must have at least one entry, got shape {shape}. Skip the call for an empty batch.")
+
+
+def reweightable(losses: Tensor, *, hooked: bool, by_token: bool, with_gradient: bool, may_be_empty: bool) -> None:
+    """One loss per sample (or token), on the way to a gradient, and not reweighted before."""
+    one_per_sample("losses", losses, by_token=by_token, may_be_empty=may_be_empty)
     if losses.numel() == 0:
-        raise ValueError(f"losses must have at least one entry, got shape {shape}. Skip the call for an empty batch.")
+        return
     if with_gradient and not losses.requires_grad:
         raise ValueError(
             "losses must have a gradient, got requires_grad=False: detached, computed under no_grad, or of a "
@@ -177,7 +191,7 @@ def reweightable(losses: Tensor, *, hooked: bool, by_token: bool, with_gradient:
         )
     if hooked:
         raise ValueError(
-            f"losses must be reweighted once, got a tensor of shape {shape} that is already: "
+            f"losses must be reweighted once, got a tensor of shape {tuple(losses.shape)} that is already: "
             "a second hook would square the ratio. Pass losses.clone() if another set should act as well."
         )
 
@@ -214,18 +228,3 @@ def token_units(losses: Tensor, units: object, scores: Tensor | None, groups: Te
             fits("scores", scores, rows)
     if groups is not None and not units_are_sequences:
         raise ValueError("groups must come with units='sequence', got other units. Give the spans as units= instead.")
-
-
-def same_configuration(state: dict[str, object], version: int, configuration: dict[str, object]) -> None:
-    """A checkpoint of a Reweighter that was set up like this one."""
-    if not isinstance(state, dict) or not {"version", "configuration", "pool"} <= state.keys():
-        raise ValueError("state must come from Reweighter.state_dict(), got something else. Check what was loaded.")
-    if state["version"] != version:
-        raise ValueError(f"state must have version {version}, got {state['version']!r}. Start the memory afresh.")
-    saved = state["configuration"]
-    for name, value in configuration.items():
-        if saved.get(name) != value:  # type: ignore[attr-defined]
-            raise ValueError(
-                f"state must have {name}={value}, as this Reweighter, got {saved.get(name)}. "  # type: ignore[attr-defined]
-                "Build the Reweighter as it was saved, or start its memory afresh."
-            )

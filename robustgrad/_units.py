@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from . import _state_checks
+
 _HALF_LIFE = 256.0  # samples
 _SETTLED = 0.9  # share of the running mean that stems from data rather than from its start at zero
 _DRIFT = 0.25  # in spreads for the level, in logs for the spread
@@ -63,6 +65,12 @@ class Units:
 
     def out_of(self, standardised: Tensor) -> Tensor:
         return standardised * self.spread + self.level
+
+    @classmethod
+    def restored(cls, state: dict[str, Tensor], device: torch.device | None = None) -> Units:
+        """A copy of what `state_dict` returned."""
+        _state_checks.numbers(state, positive="spread")
+        return cls(**{name: number.to(device, copy=True) for name, number in state.items()})
 
     def state_dict(self) -> dict[str, Tensor]:
         return {field.name: getattr(self, field.name) for field in fields(self)}

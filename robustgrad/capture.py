@@ -59,7 +59,7 @@ class Capture(TorchFunctionMode):
 
     def __init__(
         self,
-        reweight: Callable[..., Tensor],
+        ratio_of: Callable[..., Tensor],
         *,
         scores: Tensor | None = None,
         groups: Tensor | None = None,
@@ -71,7 +71,7 @@ class Capture(TorchFunctionMode):
     ) -> None:
         _checks.choice("auxiliary", auxiliary, ("raise", "keep"))
         super().__init__()
-        self._reweight = reweight
+        self._ratio_of = ratio_of
         self._arguments = {"scores": scores, "groups": groups, "mask": mask}
         self._rows, self._samples, self._keeps = rows, samples, auxiliary == "keep"
         self._reductions: list[Reduction] = []
@@ -176,10 +176,7 @@ class Capture(TorchFunctionMode):
                 mask = arguments["mask"]
                 arguments["mask"] = ~skipped if mask is None else mask & ~skipped
         base = torch.full_like(losses, 1 / (self._samples or len(losses)))
-        # The gradient of the reweighted sum is the ratio, whatever pool and set it comes from.
-        leaf = losses.requires_grad_()
-        total = self._reweight(leaf * 1, base=base, **arguments).sum()
-        return torch.autograd.grad(total, leaf)[0]
+        return self._ratio_of(losses, base=base, **arguments)
 
 
 def _scalars_only(saved: Tensor) -> Tensor | None:

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _state_checks
 from ._units import Units
 from .ambiguity import AmbiguitySet, Rule, WorstCase
 from .ambiguity._problem import Problem
 from .distributed import Ranks
 from .pool import Pool
 from .samples import Samples
+from .schedule import Schedule
 
 ENOUGH = 64  # remembered losses; fewer carry no rule
 
@@ -57,7 +59,8 @@ class _Memory:
         """What the rule makes of the remembered losses: of the set itself, unless that is capped."""
         weights = self.samples.weights
         problem = Problem.unchecked(self.units.out_of(self.scores), weights)
-        ratio = self.rule.ratio(self.scores, weights)
+        # A rule spreads over the weight of a loss that it meets; without weight there is nothing to spread over.
+        ratio = torch.where(weights > 0, self.rule.ratio(self.scores, weights), 0.0)
         return WorstCase(ambiguity, problem, problem.finish(ratio / problem.expect(ratio)))
 
     def state_dict(self) -> dict[str, Any]:
@@ -83,7 +86,7 @@ class MemoryPool(Pool):
         memory: how many losses to remember; None chooses by the set and the samples per step.
     """
 
-    def __init__(self, ambiguity: AmbiguitySet, ranks: Ranks, memory: int | None = None) -> None:
+    def __init__(self, ambiguity: AmbiguitySet | Schedule, ranks: Ranks, memory: int | None = None) -> None:
         super().__init__(ambiguity, ranks)
         self._size_asked = memory
         self._step_size = 0
@@ -113,7 +116,7 @@ class MemoryPool(Pool):
             self._exchange()
 
     def _exchange(self) -> None:
-        if self.ranks.group is None:
+        if self.ranks.group is None or self._exchanged == len(self._step):
             return
         together, _ = self.ranks.gather(Samples.join(self._step[self._exchanged :]))
         self._step[self._exchanged :] = [together]
@@ -179,10 +182,9 @@ class MemoryPool(Pool):
             self._memory = self._restored(self._memory.state_dict(), device)
 
     def _restored(self, state: dict[str, Any], device: torch.device | None = None) -> _Memory:
-        def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
-
-        samples, units = Samples(**copied(state["samples"])), Units(**copied(state["units"]))
+        samples, units = Samples.restored(state["samples"], device), Units.restored(state["units"], device)
+        _state_checks.finite(samples.state_dict())
+        _state_checks.numbers({"sampled": state["sampled"]}, positive="")
         return _Memory.fitted(self.ambiguity, samples, units, state["sampled"].to(device, copy=True))
 
     def state_dict(self) -> dict[str, Any]:
@@ -191,6 +193,6 @@ class MemoryPool(Pool):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self._step_size = state["step_size"]
+        self._step_size = _state_checks.part(state, "step_size", int)
         self._exchanged = len(self._step) if self._marked or not self.expects_steps else 0
         self._memory = None if state["memory"] is None else self._restored(state["memory"])

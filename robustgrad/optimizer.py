@@ -12,6 +12,7 @@ from torch import Tensor
 from .ambiguity import AmbiguitySet
 from .capture import Capture
 from .reweighter import Batch, Reweighter
+from .schedule import Schedule
 from .token_units import Unit
 
 _HOOK_KINDS = tuple(
@@ -31,7 +32,7 @@ class RobustOptimizer(torch.optim.Optimizer):
 
     Args:
         optimizer: the instance to wrap; it stays reachable as `.optimizer`.
-        ambiguity: the set, e.g. `TotalVariation(0.1)`.
+        ambiguity: the set, e.g. `TotalVariation(0.1)`, or a schedule of sets.
         options: those of `Reweighter`: `pool`, `memory`, `process_group`, `survey`, `on_nonfinite`.
     Raises: TypeError: `optimizer` is not an optimizer instance, or wrapped already.
 
@@ -52,7 +53,7 @@ class RobustOptimizer(torch.optim.Optimizer):
     optimizer: torch.optim.Optimizer
     reweighter: Reweighter
 
-    def __init__(self, optimizer: torch.optim.Optimizer, ambiguity: AmbiguitySet, **options: Any) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, ambiguity: AmbiguitySet | Schedule, **options: Any) -> None:
         # No super().__init__: it would make a second set of groups and state, which goes stale.
         _check_optimizer(optimizer)
         reweighter = Reweighter(ambiguity, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from abc import ABC, abstractmethod
@@ -10,9 +11,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from . import _state_checks
 from .ambiguity import AmbiguitySet, WorstCase
 from .distributed import Ranks
 from .samples import Samples
+from .schedule import Constant, Schedule
 
 _FORGOTTEN = 2**15  # losses waiting for an optimizer step that does not come
 
@@ -24,11 +27,17 @@ class Pool(ABC):
     than once, and whatever is asked in between is about the step that has just ended.
     """
 
-    def __init__(self, ambiguity: AmbiguitySet, ranks: Ranks) -> None:
-        self.ambiguity, self.ranks = ambiguity, ranks
+    def __init__(self, ambiguity: AmbiguitySet | Schedule, ranks: Ranks) -> None:
+        self.schedule = Constant(ambiguity) if isinstance(ambiguity, AmbiguitySet) else copy.deepcopy(ambiguity)
+        self.ranks = ranks
         self.expects_steps = False
         self._marked = False
         self._step: list[Samples] = []
+
+    @property
+    def ambiguity(self) -> AmbiguitySet:
+        """The set of the present step."""
+        return self.schedule.current
 
     def mark(self) -> None:
         self.expects_steps = True
@@ -39,12 +48,18 @@ class Pool(ABC):
         self.check(samples)
         if self.started and self._device != samples.scores.device:
             self._move(samples.scores.device)
-        if self._marked or self._overdue():
+        if self.started and (self._marked or self._overdue()):
+            self.schedule.advance()
             self._finish_step()
             self._step, self._marked = [], False
         ratio = self._ratio(samples)
         self._record(samples._replace(ratio=ratio))
         return ratio
+
+    @property
+    def surveying(self) -> bool:
+        """Whether calls are only taken note of, and get ratio 1."""
+        return False
 
     @property
     def started(self) -> bool:
@@ -82,7 +97,7 @@ class Pool(ABC):
             raise RuntimeError(f"an optimizer step must end, got {waiting} losses of this rank without. {remedy}")
         warnings.warn(
             f"{waiting} losses came without an optimizer step and are now taken as one step. {remedy}",
-            stacklevel=5,
+            stacklevel=7,
         )
         return True
 
@@ -120,12 +135,14 @@ class Pool(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         waiting = Samples.join(self._step).state_dict() if self._step else {}
-        return {"waiting": waiting, "marked": self._marked, "expects_steps": self.expects_steps}
+        flags = {"marked": self._marked, "expects_steps": self.expects_steps}
+        return {"waiting": waiting, "schedule": self.schedule.state_dict(), **flags}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        waiting = {name: x.clone() for name, x in state["waiting"].items()}
-        self._step = [Samples(**waiting)] if waiting else []
-        self._marked, self.expects_steps = state["marked"], state["expects_steps"]
+        self._step = [Samples.restored(state["waiting"])] if state["waiting"] else []
+        self._marked = _state_checks.part(state, "marked", bool)
+        self.expects_steps = _state_checks.part(state, "expects_steps", bool)
+        self.schedule.load_state_dict(state["schedule"])
 
     def _finish_step(self) -> None:  # noqa: B027 - a pool without a memory takes nothing along
         """Take in the samples of the step that has ended."""
@@ -197,5 +214,5 @@ class BatchPool(SolvedPool):
         warnings.warn(
             f"{self.ambiguity!r} over a batch pool of {n} {effect}: nothing is robust about such a step. "
             f'Use pool="memory" (the default){larger}.',
-            stacklevel=5,
+            stacklevel=7,
         )

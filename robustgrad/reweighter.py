@@ -4,25 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from . import _checks
-from .ambiguity import AmbiguitySet
 from .capture import Capture
-from .distributed import Ranks
 from .hook import attach, attached
-from .pools import POOLS, make_pool
-from .token_units import Unit, samples_of_call
+from .ratios import Ratios
+from .token_units import Unit
 from .window import WindowPool, survey
 
-_VERSION = 1
 Batch = TypeVar("Batch")
 
 
-class Reweighter:
+class Reweighter(Ratios):
     """Makes the gradient of per-sample losses follow the worst case of an ambiguity set.
 
         min_params  max_{q in ambiguity}  sum_i q_i loss_i(params)
@@ -31,10 +28,11 @@ class Reweighter:
     `ratio` q_i / p_i. Forward values do not change. Whatever the loop does afterwards (mean, sum, token
     mean, accumulation, loss scaling) gives sample i a coefficient c_i; with the base p proportional to
     c_i the loop descends the worst case exactly. All gradient through that tensor is reweighted: for a use
-    that should not be, keep `losses` as it is and go on with `reweighter(losses.clone())`.
+    that should not be, keep `losses` as it is and go on with `reweighter(losses.clone())`. For a loop that
+    multiplies by the ratio itself, `ratio` gives it without a hook.
 
     Args:
-        ambiguity: the set, e.g. `TotalVariation(0.1)`.
+        ambiguity: the set, e.g. `TotalVariation(0.1)`, or a schedule of sets (`robustgrad.schedule`).
         pool: which losses compete. "memory": with the last few hundred, so that calls of any size, down to
             one sample, are robust. "window": those of one optimizer step, exactly, at the cost of a second
             forward pass (see `window`). "batch": the samples of each call, the papers' literal algorithm.
@@ -61,42 +59,6 @@ class Reweighter:
         >>> losses.grad * 4
         tensor([0., 0., 2., 2.])
     """
-
-    def __init__(
-        self,
-        ambiguity: AmbiguitySet,
-        *,
-        pool: Literal["memory", "window", "batch"] = "memory",
-        memory: int | None = None,
-        process_group: Any = None,
-        survey: Literal["eval", "train"] = "eval",
-        on_nonfinite: Literal["propagate", "raise"] = "propagate",
-    ) -> None:
-        _checks.instance(
-            "ambiguity", ambiguity, AmbiguitySet, "an ambiguity set", "Use for example TotalVariation(0.1)."
-        )
-        _checks.choice("pool", pool, POOLS)
-        _checks.choice("survey", survey, ("eval", "train"))
-        _checks.choice("on_nonfinite", on_nonfinite, ("propagate", "raise"))
-        _checks.memory_size(memory, pool)
-        self.ambiguity, self.on_nonfinite = ambiguity, on_nonfinite
-        self.pool = "batch" if memory == 0 else pool
-        self._ranks = Ranks(process_group)
-        self._pool = make_pool(self.pool, ambiguity, self._ranks, memory)
-        self._memory, self._survey = memory, survey
-        self._nonfinite: Tensor | int = 0
-
-    @property
-    def expects_steps(self) -> bool:
-        """Whether `step` is known to be called after each optimizer step; the first call of it says so.
-
-        While it is not, the memory takes in what it has seen after every quarter of its size.
-        """
-        return self._pool.expects_steps
-
-    @expects_steps.setter
-    def expects_steps(self, expected: bool) -> None:
-        self._pool.expects_steps = expected
 
     def __call__(
         self,
@@ -133,8 +95,7 @@ class Reweighter:
             FloatingPointError: a NaN or +inf loss, where `on_nonfinite="raise"`.
             RuntimeError: ranks that do not call together; a call that the survey of the window did not see.
         """
-        window = self._pool if isinstance(self._pool, WindowPool) else None
-        surveying = window is not None and window.surveying
+        surveying = self._pool.surveying
         if not torch.is_grad_enabled() and not surveying:
             return losses
         _checks.reweightable(
@@ -144,23 +105,14 @@ class Reweighter:
             with_gradient=not surveying,
             may_be_empty=self._ranks.group is not None,
         )
-        samples, of_token = samples_of_call(losses, units, scores, groups, base, mask)
-        if window is not None and window.record(samples):
-            return losses
-        self._pool.check(samples)
-        bad = samples.bad
-        if self.on_nonfinite == "raise" and bool(self._ranks.anywhere(bad.any())):
-            _checks.raise_nonfinite(bad)
-        self._nonfinite = self._nonfinite + bad.sum()
-        ratio = self._pool.ratio(samples)
-        if losses.requires_grad:
-            attach(losses, ratio if of_token is None else ratio[of_token], mask)
+        ratio = self._ratio(losses, scores=scores, groups=groups, base=base, mask=mask, units=units)
+        if losses.requires_grad and not surveying:
+            attach(losses, ratio, mask)
         return losses
 
     def capture(self, **arguments: Any) -> Capture:
         """`with reweighter.capture(): loss = loss_fn(batch)` for a loss that is a scalar; see `Capture`."""
-        surveying = isinstance(self._pool, WindowPool) and self._pool.surveying
-        return Capture(self, surveying=surveying, **arguments)
+        return Capture(self._ratio, surveying=self._pool.surveying, **arguments)
 
     def survey(self, model: nn.Module) -> AbstractContextManager[None]:
         """Look at all samples of the coming optimizer step: calls inside only record, without gradient.
@@ -203,48 +155,3 @@ class Reweighter:
                 loss_fn(batch)
         for batch in batches:
             yield loss_fn(batch)
-
-    def step(self) -> None:
-        """Say that an optimizer step happened, once or more; the next call takes its losses into the memory."""
-        self._pool.mark()
-
-    def metrics(self) -> dict[str, Tensor]:
-        """What robustness did to the samples of the current (or just finished) optimizer step.
-
-        0-dim tensors on the device of the losses, computed when asked for; empty before the first call.
-        Of several ranks each may ask on its own: what competes stems from all of them, the samples of a
-        step that has not ended (and of a batch pool or window) from the own.
-
-        Over the losses that compete (the memory, or the last call of a batch pool): `value` their worst-case
-        mean, `mean` their plain mean, `gap` the difference, `divergence` reached, `threshold`, `cap` the
-        largest ratio that any sample can get, `pool_size` how many compete. They are scores where scores
-        were given. Over the samples of the step: `ess` effective sample size, `max_ratio` largest ratio.
-        `plain` is True where the last call was plain averaging (fewer than 64 losses remembered, or a batch
-        of one); `nonfinite` counts the NaN and +inf losses so far.
-        """
-        if not self._pool.started:
-            return {}
-        return self._pool.metrics() | {"nonfinite": torch.as_tensor(self._nonfinite)}
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that a bit-exact resume needs; loads with `torch.load(weights_only=True)`."""
-        return {
-            "version": _VERSION,
-            "configuration": self._configuration(),
-            "nonfinite": self._nonfinite,
-            "pool": self._pool.state_dict(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises: ValueError: the state stems from another version or configuration, naming which."""
-        _checks.same_configuration(state, _VERSION, self._configuration())
-        self._pool.load_state_dict(state["pool"])
-        self._nonfinite = state["nonfinite"]
-
-    def _configuration(self) -> dict[str, Any]:
-        return {"ambiguity": repr(self.ambiguity), "pool": self.pool, "memory": self._memory or None}
-
-    def __repr__(self) -> str:
-        ambiguity = self.ambiguity.in_memory() if self.pool == "memory" else repr(self.ambiguity)
-        extra = "" if not self._memory else f", memory={self._memory}"
-        return f"Reweighter({ambiguity}, pool={self.pool!r}{extra})"

@@ -61,22 +61,13 @@ def prompt_ratio(scores: Tensor, ambiguity: AmbiguitySet | Reweighter, *, groups
     _checks.per_sample("scores", scores)
     scores = scores.detach()
     if isinstance(ambiguity, Reweighter):
-        return _pooled(scores, ambiguity, groups)
+        return ambiguity.ratio(scores, groups=groups).float()
     if not isinstance(ambiguity, AmbiguitySet):
         raise TypeError(f"ambiguity must be an ambiguity set or a Reweighter, got {ambiguity!r}. Use CVaR(0.5).")
     if groups is not None:
         _checks.integer_ids(groups, scores)
         scores = group_means(scores.to(wide_dtype(scores.device)), groups)
     return ambiguity.solve(scores).ratio.float()
-
-
-def _pooled(scores: Tensor, reweighter: Reweighter, groups: Tensor | None) -> Tensor:
-    """The ratio is what the hook multiplies a gradient of ones by."""
-    with torch.enable_grad():
-        ones = torch.ones_like(scores, dtype=torch.float32, requires_grad=True)
-        losses = reweighter(ones * 1, scores=scores, groups=groups)
-        (ratio,) = torch.autograd.grad(losses.sum(), ones)
-    return ratio
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks
+from . import _checks, _state_checks
 from .ambiguity import group_means
 from .ambiguity._problem import wide_dtype
 
@@ -76,6 +76,12 @@ class Samples(NamedTuple):
 
     def state_dict(self) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in self._asdict().items() if tensor is not None}
+
+    @classmethod
+    def restored(cls, state: dict[str, Tensor], device: torch.device | None = None) -> Samples:
+        """A copy of what `state_dict` returned."""
+        _state_checks.rows(state)
+        return cls(**{name: tensor.to(device, copy=True) for name, tensor in state.items()})
 
     @staticmethod
     def join(parts: list[Samples]) -> Samples:

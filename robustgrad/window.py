@@ -31,6 +31,8 @@ class WindowPool(SolvedPool):
 
     def begin(self) -> None:
         _check_used_up(self._queue, self.surveying)
+        if self._step:
+            self.schedule.advance()
         self._surveyed, self._queue, self._step, self._marked = [], None, [], False
 
     def end(self) -> None:
@@ -43,11 +45,11 @@ class WindowPool(SolvedPool):
         """The survey failed half-way."""
         self._surveyed = self._queue = None
 
-    def record(self, samples: Samples) -> bool:
-        """Whether a survey lasts, which takes note of the samples."""
-        if self._surveyed is not None:
-            self._surveyed.append(samples)
-        return self._surveyed is not None
+    def ratio(self, samples: Samples) -> Tensor:
+        if self._surveyed is None:
+            return super().ratio(samples)
+        self._surveyed.append(samples)
+        return torch.ones_like(samples.scores)
 
     def check(self, samples: Samples) -> None:
         _check_surveyed_call(self._queue, len(samples.scores))

@@ -129,10 +129,26 @@ def cuts(rank: int, world: int) -> dict[tuple[Any, ...], Any]:
                 out[repr(ambiguity), split, pool, micro] = found
                 if pool == "memory":
                     out[repr(ambiguity), split, "state", micro] = reweighter.state_dict()
+    for split in SPLITS[world]:
+        for pool in ("memory", "window", "batch"):
+            out["ratio", split, pool] = ratios(ChiSquare(0.5), pool, split, rank)
     for split in [split for split in SPLITS[world] if all(split)]:
         for pool in ("memory", "window", "batch"):
             out["average", split, pool] = train(ChiSquare(0.5), pool, split, rank, average=True)[0]
     return out
+
+
+def ratios(ambiguity: AmbiguitySet, pool: str, split: tuple[int, ...], rank: int) -> Tensor:
+    """(STEPS, n) what `ratio` gives the own part of each step."""
+    reweighter, out = Reweighter(ambiguity, pool=pool), []
+    for step in data()[..., 0]:
+        own = step.split(split)[rank]
+        if pool == "window":
+            with reweighter.survey(nn.Identity()):
+                reweighter.ratio(own)
+        out.append(reweighter.ratio(own))
+        reweighter.step()
+    return torch.stack(out)
 
 
 # --- other people's wrappers ---

@@ -14,23 +14,31 @@ import robustgrad
 PACKAGE = Path(robustgrad.__file__).parent
 # Each module may import those before it; what stands on one line may not import each other.
 LAYERS = [
-    {"_version", "_checks"},
-    {"_token_checks", "ambiguity"},
-    {"objectives", "npg"},
+    {"_version", "_checks", "_state_checks"},
+    {"_token_checks", "_conjugate_gradient", "ambiguity"},
+    {"objectives", "npg", "prompt_groups", "_balls"},
+    {"radius", "schedule"},
     {"_units", "samples", "hook", "_graph"},
     {"distributed", "token_units", "_reductions"},
     {"pool"},
     {"memory", "window", "_attribution"},
     {"pools", "capture"},
-    {"reweighter", "robust_loss"},
-    {"optimizer", "robust_ppo", "gradient_penalty", "baselines"},
+    {"ratios", "robust_loss"},
+    {"reweighter"},
+    {"optimizer", "robust_ppo", "gradient_penalty", "baselines", "report"},
     {"__init__"},
-    {"integrations"},
+    {"integrations", "cli"},
+    {"__main__"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 ALLOWED_OUTSIDE = {"torch", "numpy", *sys.stdlib_module_names}
-# Other people's loops are the one place that knows their packages; the kernel, loaded where it runs, needs Triton.
-ALLOWED_IN = {"integrations": {"transformers", "accelerate"}, "ambiguity": {"triton"}}
+# The one place that knows other people's packages; the kernel, loaded where it runs, needs Triton.
+ALLOWED_IN = {
+    "integrations": {"transformers", "accelerate"},
+    "ambiguity": {"triton"},
+    "report": {"matplotlib", "jinja2"},
+    "cli": {"typer", "rich"},
+}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -90,7 +98,7 @@ def loaded(statement: str) -> set[str]:
 
 
 def test_import_is_light() -> None:
-    modules = ("objectives", "baselines", "npg", "gradient_penalty", "robust_ppo")
+    modules = ("objectives", "baselines", "npg", "gradient_penalty", "robust_ppo", "radius", "report", "schedule")
     statement = ", ".join(f"robustgrad.{name}" for name in modules)
     assert loaded(f"import robustgrad, {statement}") == {"robustgrad"}
 

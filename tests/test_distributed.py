@@ -47,6 +47,15 @@ def test_ranks_that_average_their_own(cuts, pool: str) -> None:
             torch.testing.assert_close(out["average", split, pool], expected, **close)
 
 
+@pytest.mark.parametrize("pool", ["memory", "window", "batch"])
+def test_ratios_without_a_hook(cuts, pool: str) -> None:
+    world, found = cuts
+    expected = scenarios.ratios(ChiSquare(0.5), pool, (8,), 0)
+    for split in scenarios.SPLITS[world]:
+        together = torch.cat([out["ratio", split, pool] for out in found], dim=1)
+        torch.testing.assert_close(together, expected, **close)
+
+
 def test_every_rank_remembers_the_same(cuts) -> None:
     _, found = cuts
     for key in found[0]:

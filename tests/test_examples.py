@@ -317,7 +317,7 @@ def reward_model(example) -> ModuleType:
     ("arguments", "message"),
     [
         (["--radius", "2"], "radius must be in [0, 1], got 2.0."),
-        (["--divergence", "cvar", "--radius", "0"], "alpha must be in (0, 1], got 0.0."),
+        (["--ambiguity", "cvar", "--radius", "0"], "alpha must be in (0, 1], got 0.0."),
         (["--steps", "0"], "argument --steps: must be above 0, got 0"),
         (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
         (["--device", "abacus"], "argument --device: "),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import weakref
+from collections.abc import Iterator
 from importlib.util import find_spec
 
 import pytest
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from robustgrad import KL, AmbiguitySet, ChiSquare, CVaR, TotalVariation
-from robustgrad.npg import NaturalGradient, fisher_vector_product, natural_gradient
+from robustgrad.npg import NaturalGradient, fisher_vector_product, natural_gradient, natural_gradient_by_sample
 from robustgrad.objectives import sequence_log_probs
 from robustgrad.robust_ppo import prompt_ratio
 
@@ -180,6 +182,81 @@ def test_parameters_that_do_not_matter_stay_where_they_are(policy: Policy) -> No
     assert torch.equal(natural.direction[0], torch.zeros(3))
     alone = natural_gradient(policy.log_probs(), policy.advantages, parameters[1:])
     assert_close(natural.direction[1:], alone.direction)
+
+
+# --- one backward pass for each sample ---
+
+
+def one_by_one(policy: Policy) -> Iterator[Tensor]:
+    for i in range(30):
+        yield policy.log_probs()[i]
+
+
+@each_set
+@pytest.mark.parametrize("ridge", [1e-3, 1.0])
+def test_by_sample_equals_the_dense_solution(policy: Policy, ambiguity: AmbiguitySet, ridge: float) -> None:
+    weights, parameters = ambiguity.solve(-policy.advantages).weights, list(policy.parameters())
+    natural = natural_gradient_by_sample(
+        one_by_one(policy), policy.advantages, parameters, weights=weights, ridge=ridge
+    )
+    scores = score_matrix(policy.log_probs(), parameters)
+    fisher, gradient = scores.T @ (weights[:, None] * scores), scores.T @ (weights * policy.advantages)
+    dense = torch.linalg.solve(fisher + ridge * torch.eye(len(fisher), dtype=torch.float64), gradient)
+    assert_close(flat(natural.gradient), gradient)
+    assert_close(flat(natural.direction), dense)
+    assert_close(natural.curvature, dense @ fisher @ dense)
+    assert natural.residual < 1e-9
+    assert [part.shape for part in natural.direction] == [p.shape for p in parameters]
+    assert all(p.grad is None for p in parameters)
+
+
+def test_by_sample_equals_conjugate_gradient_where_it_has_converged(policy: Policy) -> None:
+    parameters = [torch.ones(3, dtype=torch.float64, requires_grad=True), *policy.parameters()]  # the first is idle
+    exact = natural_gradient_by_sample(one_by_one(policy), policy.advantages, parameters, ridge=0.1)
+    by_products = natural_gradient(policy.log_probs(), policy.advantages, parameters, ridge=0.1, iterations=60)
+    assert_close(exact.direction, by_products.direction)
+    assert_close(exact.curvature, by_products.curvature)
+
+
+def test_by_sample_keeps_one_graph_at_a_time(policy: Policy) -> None:
+    alive: list[weakref.ref[Tensor]] = []
+
+    def log_probs() -> Iterator[Tensor]:
+        for i in range(30):
+            assert all(ref() is None for ref in alive[:-1])
+            one = policy.log_probs()[i]
+            alive.append(weakref.ref(one))
+            yield one
+
+    natural_gradient_by_sample(log_probs(), policy.advantages, policy.parameters())
+
+
+def test_by_sample_nan_zero_and_half_precision(policy: Policy) -> None:
+    parameters = list(policy.parameters())
+    poisoned = natural_gradient_by_sample(one_by_one(policy), policy.advantages * torch.nan, parameters)
+    assert flat(poisoned.direction).isnan().all() and poisoned.residual.isnan()
+    still = natural_gradient_by_sample(one_by_one(policy), 0 * policy.advantages, parameters)
+    assert (flat(still.direction) == 0).all() and still.residual == 0
+    theta = torch.zeros(2, dtype=torch.bfloat16, requires_grad=True)
+    rows = torch.tensor([[1.0, 0.0], [0.0, 2.0]], dtype=torch.bfloat16)
+    half = natural_gradient_by_sample((row @ theta for row in rows), torch.tensor([1.0, 2.0]), [theta], ridge=1e-6)
+    assert half.direction[0].dtype == torch.float32
+    assert_close(half.direction[0], torch.ones(2), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("log_probs", "message"),
+    [
+        ([torch.zeros(2, requires_grad=True)], "log_probs must yield tensors of one element, got shape (2,)"),
+        ([torch.zeros(())], "log_probs must have a gradient"),
+    ],
+)
+def test_by_sample_wrong_arguments(policy: Policy, log_probs: list[Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        natural_gradient_by_sample(log_probs, torch.zeros(1), policy.parameters())
+    few = (log_prob for log_prob, _ in zip(one_by_one(policy), range(3), strict=False))
+    with pytest.raises(ValueError, match=re.escape("advantages must have the shape of log_probs (3,), got (30,)")):
+        natural_gradient_by_sample(few, policy.advantages, policy.parameters())
 
 
 needs_hf = pytest.mark.skipif(

@@ -26,7 +26,8 @@ def test_files_exist(path: str) -> None:
 @pytest.mark.parametrize("command", sorted(set(re.findall(r"`python (examples/\w+\.py[^`]*)`", PAGE))))
 def test_commands_use_options_that_exist(command: str) -> None:
     script, *options = command.split()
-    source = "".join((ROOT / name).read_text() for name in (script, "examples/policy_run.py", "examples/ppo.py"))
+    shared = [f"examples/{name}.py" for name in ("policy_run", "rollouts", "rewards")]
+    source = "".join((ROOT / name).read_text() for name in (script, *shared))
     for option in options:
         assert not option.startswith("--") or f'"{option}"' in source
 

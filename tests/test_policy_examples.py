@@ -146,6 +146,22 @@ def test_log_probs_do_not_see_padding(policy) -> None:
         assert_close(alone[0], by_hand, rtol=1e-5, atol=1e-5)
 
 
+def test_a_row_of_a_batch_is_the_response_alone(policy) -> None:
+    batch = policy.batch([[5, 6, 7], [8]], [[9, 10], [11, 12, 13, 14, 15]])
+    for i, alone in enumerate((policy.batch([[5, 6, 7]], [[9, 10]]), policy.batch([[8]], [[11, 12, 13, 14, 15]]))):
+        assert all(torch.equal(a, b) for a, b in zip(policy.row(batch, i), alone, strict=True))
+
+
+def test_rollouts_go_on_after_those_that_were_made(example, policy) -> None:
+    rollouts = example("rollouts")
+    prompts = [rollouts.Prompt(i, "", [5, 6, 7 + i], "code") for i in range(9)]
+    args = SimpleNamespace(seed=0, prompts=2, new_tokens=1, steps=4, groups="domain")
+    task = rollouts.Task(policy, example("rewards").rule_reward, prompts, [], args)
+    asked = [[prompt.number for prompt in rollout.prompts] for rollout in task.rollouts(1)]
+    later = [[prompt.number for prompt in rollout.prompts] for rollout in task.rollouts(1, done=3)]
+    assert len(asked) == 4 and later == asked[3:]
+
+
 def test_the_reference_is_the_model_without_its_adapters(example, policy) -> None:
     fresh = example("lora_policy").Policy("tiny", CPU, 0)
     batch = policy.batch([[5, 6]], [[7, 8]])
@@ -208,7 +224,7 @@ def test_adversaries(example) -> None:
 
 
 def test_the_domains_disagree_on_the_reward(example) -> None:
-    reward = example("rollouts").reward
+    reward = example("rewards").rule
     assert reward("support", "Thank you, please let us help.") == 1
     assert reward("support", "No.") == 0
     assert reward("code", "No.") == pytest.approx(11 / 12)
@@ -220,8 +236,11 @@ def test_a_prompt_keeps_its_number(example, policy) -> None:
     pairs = [made.Pair(text, "a", "b", domain) for text, domain in (("x", "code"), ("y", "code"), ("x", "code"))]
     prompts = rollouts._numbered(policy, pairs, 32)
     assert [prompt.number for prompt in prompts] == [0, 1, 0]
-    rollout = rollouts.collect(policy, prompts[:2], 3, 4)
+    assert prompts[0] is prompts[2] and prompts[1].text == "y"
+    args = SimpleNamespace(new_tokens=4, groups="prompt")
+    rollout = rollouts.collect(policy, example("rewards").rule_reward, prompts[:2], 3, args)
     assert rollout.groups.tolist() == [0, 0, 0, 1, 1, 1]
+    assert [prompt.number for prompt in rollout.prompts] == [0, 0, 0, 1, 1, 1]
     assert rollout.mask.sum(-1).max() <= 4 and (rollout.mask.sum(-1) > 0).all()
 
 
@@ -236,15 +255,20 @@ def test_settings_are_options_of_their_example(example, path: Path) -> None:
     parser = example(name[1]).options()
     args = parser.parse_args([f"@{path}"])
     assert args.model
+    args.temperature = getattr(args, "temperature", None)  # reward_model.py has radii alone
     example("policy_run").Adversary.of(args)
 
 
-def test_online_rebel_compares_with_the_policy_that_answered(example, policy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_online_rebel_compares_with_the_policy_that_answered(example, policy) -> None:
     """Right after an answer the log-ratios are 0 and the loss is the squared difference in reward; later not."""
     rebel, rollouts = example("rebel"), example("rollouts")
-    monkeypatch.setattr(rollouts, "reward", lambda domain, text: float(sum(map(ord, text)) % 7))
-    prompts = [rollouts.Prompt(i, [5, 6, 7 + i], "code") for i in range(6)]
-    batches = rebel.online(policy, prompts, SimpleNamespace(seed=0, prompts=6, new_tokens=5))
+    prompts = [rollouts.Prompt(i, "", [5, 6, 7 + i], "code") for i in range(6)]
+    args = SimpleNamespace(seed=0, prompts=6, new_tokens=5, steps=2, groups="prompt")
+
+    def reward(prompts: list[str], domains: list[str], responses: list[str]) -> torch.Tensor:
+        return torch.tensor([float(sum(map(ord, text)) % 7) for text in responses])
+
+    batches = rebel.online(rollouts.Task(policy, reward, prompts, [], args))
 
     def distance(batch: list) -> float:
         losses, _ = rebel.rebel_losses(policy, batch, eta=0.5)

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 pytest.importorskip("trl")
 import tiny
-import trl
 from datasets import concatenate_datasets
-from peft import TaskType
+from trainer_cases import CASES, DPO, KTO, MAIN, REWARD, SFT, Case, expected, losses_with_kl, ten_remembered_steps
+from trainer_steps import SET, N, gradient, in_order, steps, worst
 from transformers import Trainer
 
 from robustgrad import ChiSquare, TotalVariation
@@ -25,142 +21,13 @@ from robustgrad.integrations import hf_trainer
 from robustgrad.integrations.trl import robustify, unrobustify
 
 pytestmark = tiny.OTHERS_WARNINGS
-SET = ChiSquare(0.5)
 CUTS = pytest.mark.parametrize(("micro_batch", "accumulation"), [(8, 1), (2, 4), (1, 8)], ids=lambda n: str(n))
-N = 8
-
-
-def log_probability(model: nn.Module, prompt: list[int], completion: list[int]) -> Tensor:
-    """Of the completion given the prompt: alone, unpadded."""
-    ids = torch.tensor([prompt + completion])
-    rows = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
-    return rows[torch.arange(len(rows)), ids[0, 1:]][len(prompt) - 1 :].sum()
-
-
-def reward_losses(model: nn.Module, reference: nn.Module, row: dict[str, Any]) -> Tensor:
-    chosen, rejected = (
-        model(input_ids=torch.tensor([row[f"{one}_ids"]])).logits[0, 0] for one in ("chosen", "rejected")
-    )
-    return F.softplus(rejected - chosen)
-
-
-def centred_reward_losses(model: nn.Module, reference: nn.Module, row: dict[str, Any]) -> Tensor:
-    chosen, rejected = (
-        model(input_ids=torch.tensor([row[f"{one}_ids"]])).logits[0, 0] for one in ("chosen", "rejected")
-    )
-    return F.softplus(rejected - chosen) + 0.01 * (chosen + rejected) ** 2
-
-
-def dpo_margin(model: nn.Module, reference: nn.Module, row: dict[str, Any]) -> Tensor:
-    def ratio(name: str) -> Tensor:
-        with torch.no_grad():
-            old = log_probability(reference, row["prompt_ids"], row[name])
-        return log_probability(model, row["prompt_ids"], row[name]) - old
-
-    return 0.1 * (ratio("chosen_ids") - ratio("rejected_ids"))
-
-
-def dpo_losses(model: nn.Module, reference: nn.Module, row: dict[str, Any]) -> Tensor:
-    return F.softplus(-dpo_margin(model, reference, row))
-
-
-def hinge_losses(model: nn.Module, reference: nn.Module, row: dict[str, Any]) -> Tensor:
-    return (1 - dpo_margin(model, reference, row)).clamp_min(0)
-
-
-def kto_losses(model: nn.Module, reference: nn.Module, row: dict[str, Any]) -> Tensor:
-    with torch.no_grad():
-        old = log_probability(reference, row["prompt_ids"], row["completion_ids"])
-    ratio = log_probability(model, row["prompt_ids"], row["completion_ids"]) - old
-    return torch.sigmoid(-0.1 * ratio) if row["label"] else torch.sigmoid(0.1 * ratio)
-
-
-def sft_losses(model: nn.Module, reference: nn.Module, row: dict[str, Any]) -> Tensor:
-    ids = row["input_ids"]
-    return -log_probability(model, ids[:1], ids[1:]) * N / (sum(lengths_of_sentences()) - N)
-
-
-def lengths_of_sentences() -> list[int]:
-    return [len(text.split()) + 1 for text in tiny.sentences()["text"]]  # with the end token
-
-
-@dataclass(frozen=True)
-class Case:
-    """One trainer: how to build it, and the loss of one example."""
-
-    trainer: type
-    config: type
-    losses: Callable[[nn.Module, nn.Module, dict[str, Any]], Tensor]
-    options: tuple[tuple[str, Any], ...] = ()
-
-    @property
-    def task(self) -> TaskType:
-        return TaskType.SEQ_CLS if self.trainer is trl.RewardTrainer else TaskType.CAUSAL_LM
-
-    def model(self, seed: int = 0) -> nn.Module:
-        return tiny.classifier(seed=seed) if self.task is TaskType.SEQ_CLS else tiny.causal_lm(seed=seed)
-
-    def dataset(self) -> Any:
-        by_trainer = {trl.KTOTrainer: tiny.judged, trl.SFTTrainer: tiny.sentences}
-        return by_trainer.get(self.trainer, tiny.pairs)()
-
-    def build(self, folder: Path, micro_batch: int = 8, accumulation: int = 1, **changes: Any) -> Trainer:
-        more = {"ref_model": self.model(1)} if self.trainer in (trl.DPOTrainer, trl.KTOTrainer) else {}
-        for name in (
-            "peft_config",
-            "model",
-            "train_dataset",
-            "eval_dataset",
-            "data_collator",
-            "callbacks",
-            "ref_model",
-        ):
-            if name in changes:
-                more[name] = changes.pop(name)
-        if "peft_config" in more:
-            more.pop("ref_model", None)
-        args = self.config(**tiny.arguments(folder, micro_batch, accumulation, **dict(self.options), **changes))
-        more = {"model": self.model(), "train_dataset": self.dataset()} | more
-        torch.manual_seed(7)
-        return self.trainer(args=args, processing_class=tiny.tokenizer(), **more)
-
-
-REWARD = Case(trl.RewardTrainer, trl.RewardConfig, reward_losses)
-DPO = Case(trl.DPOTrainer, trl.DPOConfig, dpo_losses)
-KTO = Case(trl.KTOTrainer, trl.KTOConfig, kto_losses, (("loss_type", "apo_zero_unpaired"),))
-SFT = Case(trl.SFTTrainer, trl.SFTConfig, sft_losses)
-CASES = {
-    "reward": REWARD,
-    "reward, centred": Case(
-        trl.RewardTrainer, trl.RewardConfig, centred_reward_losses, (("center_rewards_coefficient", 0.01),)
-    ),
-    "dpo": DPO,
-    "dpo hinge": Case(trl.DPOTrainer, trl.DPOConfig, hinge_losses, (("loss_type", ["hinge"]),)),
-    "kto": KTO,
-    "sft": SFT,
-}
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-MAIN = pytest.mark.parametrize("case", [REWARD, DPO, KTO, SFT], ids=["reward", "dpo", "kto", "sft"])
-
-
-def expected(case: Case, trainer: Trainer, ambiguity: Any = SET, losses: Any = None) -> Tensor:
-    """sum_i q_i grad loss_i, for the model as it is now, one example at a time."""
-    model = trainer.model
-    reference = getattr(trainer, "ref_model", None)
-    if reference is None:
-        reference = copy.deepcopy(case.model(0)) if case.losses in (dpo_losses, hinge_losses, kto_losses) else model
-    losses = losses or (lambda row: case.losses(model, reference, row))
-    each = torch.stack([losses(row) for row in trainer.train_dataset])
-    weights = ambiguity.solve(each).weights
-    grads = torch.autograd.grad((weights * each).sum(), tiny.trainable(model))
-    return torch.cat([grad.flatten() for grad in grads])
+each_trainer = pytest.mark.parametrize("case", MAIN.values(), ids=MAIN)
 
 
 def one_step(trainer: Trainer) -> Tensor:
-    gradients = tiny.Gradients()
-    trainer.add_callback(gradients)
-    trainer.train()
-    return gradients.steps[0]
+    return steps(trainer)[0]
 
 
 @CUTS
@@ -174,7 +41,7 @@ def test_window_is_exact_for_any_cut(case: Case, micro_batch: int, accumulation:
 
 
 @CUTS
-@MAIN
+@each_trainer
 def test_lora(case: Case, micro_batch: int, accumulation: int, tmp_path: Path) -> None:
     trainer = case.build(tmp_path, micro_batch, accumulation, peft_config=tiny.lora(case.task))
     want = expected(case, trainer)
@@ -182,24 +49,16 @@ def test_lora(case: Case, micro_batch: int, accumulation: int, tmp_path: Path) -
     assert len(got) < 1000 and tiny.relative_error(got, want) < 1e-5
 
 
-@MAIN
-@pytest.mark.parametrize(("micro_batch", "accumulation"), [(4, 2), (1, 8)], ids=str)
-def test_memory_gives_the_same_gradient_for_any_cut(
-    case: Case, micro_batch: int, accumulation: int, tmp_path: Path
-) -> None:
+@each_trainer
+def test_memory_follows_losses_handed_over_one_by_one(case: Case, tmp_path: Path) -> None:
     """After 64 samples the memory has a rule; then plain averaging ends, at micro-batch 1 as well."""
-    data = {"train_dataset": concatenate_datasets([case.dataset()] * 10)}
-
-    def steps(*cut: int) -> list[Tensor]:
-        trainer = case.build(tmp_path, *cut, max_steps=10, **data)
-        gradients = tiny.Gradients()
-        trainer.add_callback(gradients)
-        robustify(trainer, SET).train()
+    options = {"train_dataset": case.dataset(10 * N), "max_steps": 10, "learning_rate": 0.0}
+    trainers = [in_order(case.build(tmp_path, *cut, **options)) for cut in [(8, 1), (2, 4), (1, 8)]]
+    want = ten_remembered_steps(case, trainers[0])
+    for trainer in trainers:
+        for got, wanted in zip(steps(robustify(trainer, SET)), want, strict=True):
+            assert tiny.relative_error(got, wanted) < 1e-5
         assert trainer.state.log_history[8]["robust/plain"] == 0.0 < trainer.state.log_history[8]["robust/gap"]
-        return gradients.steps
-
-    for got, want in zip(steps(micro_batch, accumulation), steps(8, 1), strict=True):
-        assert tiny.relative_error(got, want) < 2e-3  # ten steps of float32 apart
 
 
 def test_batch_pool_warns_at_micro_batch_one(tmp_path: Path) -> None:
@@ -211,18 +70,28 @@ def test_kto_groups_follow_the_order_of_the_losses(tmp_path: Path) -> None:
     """KTO sorts the losses: desirable first."""
     domain = [i % 2 for i in range(N)]
     trainer = KTO.build(tmp_path, train_dataset=KTO.dataset().add_column("domain", domain))
-    reference, rows = trainer.ref_model, list(trainer.train_dataset)
-    losses = torch.stack([kto_losses(trainer.model, reference, row) for row in rows])
+    rows = list(trainer.train_dataset)
+    losses = KTO.losses(trainer, rows)
     ids = torch.tensor([row["domain"] for row in rows])
     means = torch.stack([losses[ids == i].mean() for i in range(2)]).detach()
-    weights = SET.solve(means[ids]).weights
-    grads = torch.autograd.grad((weights * losses).sum(), tiny.trainable(trainer.model))
+    want = gradient((SET.solve(means[ids]).weights * losses).sum(), trainer.model)
     got = one_step(robustify(trainer, SET, pool="window", groups="domain"))
-    assert tiny.relative_error(got, torch.cat([grad.flatten() for grad in grads])) < 1e-5
+    assert tiny.relative_error(got, want) < 1e-5
+
+
+@pytest.mark.parametrize("micro_batch", [8, 2])
+def test_kto_with_its_kl_term(micro_batch: int, tmp_path: Path) -> None:
+    """The term is one number for a micro-batch, made of its completions, each with its neighbour's prompt."""
+    options = {"loss_type": "kto", "train_sampling_strategy": "sequential"}
+    trainer = KTO.build(tmp_path, micro_batch, N // micro_batch, **options)
+    want = gradient(worst(losses_with_kl(trainer, micro_batch)), trainer.model)
+    got = one_step(robustify(trainer, SET, pool="window"))
+    assert tiny.relative_error(got, want) < 1e-5
+    assert tiny.relative_error(expected(KTO, trainer), want) > 1e-3  # the term matters
 
 
 @pytest.mark.parametrize("options", [{"bf16": True}, {"gradient_checkpointing": True}], ids=str)
-@MAIN
+@each_trainer
 def test_precision_and_checkpointing(case: Case, options: dict[str, Any], tmp_path: Path) -> None:
     options = options | ({"gradient_checkpointing_kwargs": {"use_reentrant": False}} if "bf16" not in options else {})
     trainer = case.build(tmp_path, 2, 4, **options)
@@ -238,7 +107,7 @@ def test_gradients_are_clipped_after_reweighting(tmp_path: Path) -> None:
     assert tiny.relative_error(got, 0.5 * want / want.norm()) < 1e-5
 
 
-@MAIN
+@each_trainer
 @pytest.mark.parametrize("pool", ["memory", "window"])
 def test_logged_losses_and_evaluation_stay(case: Case, pool: str, tmp_path: Path) -> None:
     options = {"eval_dataset": case.dataset(), "max_steps": 2, "eval_strategy": "steps", "eval_steps": 1}
@@ -257,7 +126,7 @@ def test_logged_losses_and_evaluation_stay(case: Case, pool: str, tmp_path: Path
         torch.testing.assert_close([robust[key] for key in same], [plain[key] for key in same], rtol=1e-5, atol=1e-6)
 
 
-@MAIN
+@each_trainer
 @pytest.mark.parametrize("pool", ["memory", "window"])
 def test_resumes_to_the_bit(case: Case, pool: str, tmp_path: Path) -> None:
     """Dropout on; from the middle of an epoch, where the trainer restores its random numbers late."""

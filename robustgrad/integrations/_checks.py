@@ -96,6 +96,14 @@ def dpo_losses(types: list[str], keeps: bool) -> None:
         )
 
 
+def no_second_pass(trainer: Any, pool: str | None) -> None:
+    if pool == "window":
+        raise ValueError(
+            f"pool must be 'memory' or 'batch' for {type(trainer).__name__}, which generates its samples as it trains "
+            "on them, got 'window': a second pass would see others. Use pool=\"memory\"."
+        )
+
+
 def more_than_one_sample(args: Any, pool: str) -> None:
     step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     if pool == "window" and step == 1:

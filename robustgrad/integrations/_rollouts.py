@@ -67,15 +67,9 @@ class RolloutTrainer(RobustTrainer):
         rewards = self.rewards[start : start + len(inputs)].to(device)
         scores = -rewards if self.scores is None else self._values(self.scores, inputs).to(device)
         groups = self._prompts(start, len(inputs)) if self.groups is None else self._values(self.groups, inputs)
-        scorable = ~scores.isnan()
-        # The gradient of the reweighted sum is the ratio.
-        with torch.enable_grad():
-            leaf = torch.zeros_like(scores, requires_grad=True)
-            total = self.reweighter(
-                leaf * 1, scores=torch.where(scorable, scores, 0.0), groups=groups.to(device), mask=scorable
-            ).sum()
+        ratio = self.reweighter.ratio(scores, groups=groups.to(device), mask=~scores.isnan())
         self.reweighter.step()
-        return torch.autograd.grad(total, leaf)[0]
+        return ratio
 
     def _prompts(self, start: int, n: int) -> Tensor:
         """An id for each prompt of the rollout, the same on all ranks and never used again."""

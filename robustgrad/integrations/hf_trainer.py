@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..ambiguity import AmbiguitySet
+from ..capture import Capture
 from ..reweighter import Reweighter
 from . import _checks, _columns, _state
 from ._columns import Of
@@ -194,18 +195,22 @@ class CapturingTrainer(RobustTrainer):
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         if not self.training:
             return self.original["compute_loss"](model, inputs, return_outputs=return_outputs, **kwargs)
-        capture = self.reweighter.capture(
+        capture = self.capture(inputs)
+        with capture, keeping_router_loss(self.trainer.accelerator.unwrap_model(model), capture):
+            out = self.original["compute_loss"](model, inputs, return_outputs=return_outputs, **kwargs)
+            capture(out[0] if return_outputs else out)
+        self.calls += 1
+        return out
+
+    def capture(self, inputs: dict[str, Any]) -> Capture:
+        """To be on while the loss of this batch is made."""
+        return self.reweighter.capture(
             rows=self.rows(inputs),
             samples=self.samples,
             scores=self._per_row(self.scores, inputs),
             groups=self._per_row(self.groups, inputs),
             auxiliary=self.auxiliary,
         )
-        with capture, keeping_router_loss(self.trainer.accelerator.unwrap_model(model), capture):
-            out = self.original["compute_loss"](model, inputs, return_outputs=return_outputs, **kwargs)
-            capture(out[0] if return_outputs else out)
-        self.calls += 1
-        return out
 
     def _per_row(self, of: Of, inputs: dict[str, Any]) -> Tensor | None:
         value, order = _columns.value(of, inputs, self.carried), self.order(inputs)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ambiguity import AmbiguitySet
-from . import _checks, hf_trainer
+from . import _checks, _columns, hf_trainer
 from ._rollouts import RolloutTrainer
 from .hf_trainer import CapturingTrainer, RobustTrainer, attach, unrobustify
 
@@ -18,15 +18,16 @@ __all__ = ["robustify", "unrobustify"]
 def robustify(trainer: Any, ambiguity: AmbiguitySet, **options: Any) -> Any:
     """Make a TRL trainer's gradients follow the worst case over an ambiguity set; returns the trainer.
 
-    A sample is a preference pair (RewardTrainer, DPOTrainer), a judged completion (KTOTrainer) or an example
-    (SFTTrainer), whatever the micro-batch and the accumulation. For GRPOTrainer and RLOOTrainer it is a prompt,
-    which the adversary picks by minus its mean reward: the ratio multiplies the advantages of the whole rollout
+    A sample is a preference pair (RewardTrainer, DPOTrainer, and the experimental CPO, ORPO and OnlineDPO, which
+    generates its pairs and so has no window), a judged completion (KTOTrainer) or an example (SFTTrainer),
+    whatever the micro-batch and the accumulation. For GRPOTrainer, RLOOTrainer and GMPOTrainer it is a prompt, which
+    the adversary picks by minus its mean reward: the ratio multiplies the advantages of the whole rollout
     (pool="window" is that rollout), so that the logged policy loss is the reweighted one, and a KL term in
     the loss keeps its own weight. Everything else as in `robustgrad.integrations.hf_trainer.robustify`, which
     this calls for a plain `transformers.Trainer`.
 
     Args:
-        trainer: an instance of one of these, or of a subclass, before `trainer.train()`.
+        trainer: an instance of one of these, or of a subclass of your own, before `trainer.train()`.
         ambiguity, options: as there. For rollouts `scores` and `groups` name a column of the dataset, or are
             functions of the list of its rows, one for each completion.
     Raises: as there; and for losses without samples: SFT packing, DPO's `aot` and `sft` terms.
@@ -35,13 +36,13 @@ def robustify(trainer: Any, ambiguity: AmbiguitySet, **options: Any) -> Any:
     of_trl = [cls.__name__ for cls in type(trainer).__mro__ if cls.__module__.startswith("trl.")]
     if not of_trl:
         return hf_trainer.robustify(trainer, ambiguity, **options)
-    robust = next((_ROBUST[name] for name in of_trl if name in _ROBUST), None)
-    if robust is None:
+    # TRL's own subclasses make other losses than their parents.
+    if of_trl[0] not in _ROBUST:
         raise TypeError(
             f"trainer must be one of {', '.join(_ROBUST)}, got {type(trainer).__name__}. "
             "For its own loop use robustgrad.Reweighter where its losses are made."
         )
-    return attach(trainer, robust(trainer, ambiguity, **options))
+    return attach(trainer, _ROBUST[of_trl[0]](trainer, ambiguity, **options))
 
 
 class _Pairs(CapturingTrainer):
@@ -70,6 +71,26 @@ class _SFT(CapturingTrainer):
         super().__init__(trainer, ambiguity, **options)
 
 
+class _OnlineDPO(CapturingTrainer):
+    """Its loss is made and sent back within training_step, of pairs generated there."""
+
+    patched = (*RobustTrainer.patched, "training_step")
+
+    def __init__(self, trainer: Any, ambiguity: AmbiguitySet, **options: Any) -> None:
+        _checks.no_second_pass(trainer, options.get("pool"))
+        super().__init__(trainer, ambiguity, **options)
+
+    def rows(self, inputs: dict[str, Any]) -> int:
+        return len(inputs["prompt"])
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        self.carried = _columns.take(inputs)
+        with self.capture(inputs):
+            loss = self.original["training_step"](model, inputs, num_items_in_batch)
+        self.calls += 1
+        return loss
+
+
 # By name: the experimental ones warn as soon as they are imported.
 _ROBUST: dict[str, type[RobustTrainer]] = {
     "RewardTrainer": _Pairs,
@@ -78,6 +99,8 @@ _ROBUST: dict[str, type[RobustTrainer]] = {
     "SFTTrainer": _SFT,
     "GRPOTrainer": RolloutTrainer,
     "RLOOTrainer": RolloutTrainer,
+    "GMPOTrainer": RolloutTrainer,
     "CPOTrainer": CapturingTrainer,
     "ORPOTrainer": CapturingTrainer,
+    "OnlineDPOTrainer": _OnlineDPO,
 }

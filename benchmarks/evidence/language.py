@@ -1,0 +1,82 @@
+"""A language model with LoRA adapters as the reward model: the same tasks, texts instead of features."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from lora_scorer import Encoded, Scorer, encode
+from preference_pairs import Pair
+from torch import Tensor
+
+from robustgrad.objectives import bradley_terry
+
+from .measures import measured, packed
+from .methods import Batch, Make
+from .runs import Row, rounded
+from .tasks import Task
+
+BATCH, LEARNING_RATE = 16, 1e-3
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The texts behind the rows of a task."""
+
+    pool: list[Pair]
+    evals: dict[str, list[Pair]]
+
+
+def swapped(pairs: Sequence[Pair], swap: Tensor) -> list[Pair]:
+    return [
+        Pair(p.prompt, p.rejected, p.chosen, p.domain) if other else p
+        for p, other in zip(pairs, swap.tolist(), strict=True)
+    ]
+
+
+def run_language(
+    load: Callable[[int], Scorer], task: Task, texts: Texts, make: Make, seed: int, steps: int, max_length: int
+) -> Row:
+    """Train one model and judge it; no validation: only the last iterate is reported."""
+    began, scorer = time.perf_counter(), load(seed)
+    rows = task.index[seed]
+    pairs = swapped([texts.pool[i] for i in rows.tolist()], task.swapped[seed])
+    pairs = encode(scorer.tokenizer, pairs, max_length)
+    _train(scorer, pairs, task, rows, make(task.counts(seed)), seed, steps)
+    lead = {name: scorer.leads(encode(scorer.tokenizer, own, max_length)) for name, own in texts.evals.items()}
+    return {
+        "seed": seed,
+        "measures": {"last": rounded({name: measured(lead[name], task.evals[name]) for name in lead})},
+        "right": {name: packed(own) for name, own in lead.items()},
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+
+
+def _train(
+    scorer: Scorer, pairs: list[Encoded], task: Task, rows: Tensor, method: Callable, seed: int, steps: int
+) -> None:
+    torch.manual_seed(seed)
+    scorer.model.train()
+    parameters = [p for p in scorer.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=steps)
+    for place in _batches(len(pairs), steps, seed):
+        chosen, rejected = scorer([pairs[i] for i in place.tolist()])
+        losses, own = bradley_terry(chosen, rejected), rows[place]
+        method(Batch(chosen - rejected, losses, task.domains[own], task.membership[own])).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+
+def _batches(count: int, steps: int, seed: int) -> Iterator[Tensor]:
+    """The same for every method."""
+    generator, left = torch.Generator().manual_seed(1000 + seed), torch.empty(0, dtype=torch.long)
+    for _ in range(steps):
+        while len(left) < BATCH:
+            left = torch.cat([left, torch.randperm(count, generator=generator)])
+        yield left[:BATCH]
+        left = left[BATCH:]

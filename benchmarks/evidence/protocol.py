@@ -1,0 +1,115 @@
+"""One run after another: a study and a method in, a row for each seed out."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from robustgrad.prompt_groups import PromptGroups
+
+from .features import embed_sets
+from .heads import Parameters, leads
+from .human import human_task
+from .measures import measured, packed
+from .runs import Row, rounded
+from .sets import Sets, read_folder
+from .studies import SHARES, Study
+from .tasks import Task, numbered
+from .training import trained
+from .truth import KnownPairs
+from .words import word_features
+
+_SIZE, _GROUPS = 4000, 16  # training pairs of the known tier; soft groups of prompts
+
+
+class Protocol:
+    """The data of all studies, read and embedded once."""
+
+    def __init__(self, data: Path, cache: Path, seeds: int, steps: int) -> None:
+        self.sets = read_folder(data)
+        self.features = embed_sets(self.sets, cache)
+        self.words = word_features(self.sets, self.features)
+        self.groups = PromptGroups.fit(self.features["train"].prompt, min(_GROUPS, len(self.sets.train)))
+        self.known = KnownPairs(self.sets, self.features, most_of_two(self.sets))
+        self.size = min(_SIZE, self.known.largest(SHARES))
+        self.seeds, self.steps = range(seeds), steps
+
+    def task(self, study: Study) -> Task:
+        seen = self.words if study.capacity == "bag of words" else self.features
+        if study.truth is None:
+            return human_task(self.sets, self.features, self.seeds, self.groups, seen)
+        return self.known.task(study.truth, self.seeds, self.size, self.groups, seen)
+
+    def run(self, study: Study, method: str) -> list[Row]:
+        """All seeds of a method in a study; beside the bag of words the other floor."""
+        began, task = time.perf_counter(), self.task(study)
+        iterates = trained(task, study.methods[method], study.capacity, self.seeds, self.steps)
+        about = {"task": study.about, "capacity": study.capacity, "method": method}
+        rows = [about | row for row in _rows(task, iterates, self.seeds)]
+        seconds = round((time.perf_counter() - began) / len(rows), 3)
+        floor = [{"task": study.about} | longer_wins(task)] if study.capacity == "bag of words" else []
+        return [row | {"seconds": seconds} for row in rows] + floor
+
+    def about(self) -> Row:
+        """What a reader of the rows has to know: the sets, and the domain of every pair in the order of its bits."""
+        known = [self.known.domains[which] for which in self.known.test.domain.tolist()]
+        return {
+            "train": dict(Counter(pair.domain for pair in self.sets.train).most_common()),
+            "evals": {name: _coded([pair.domain for pair in pairs]) for name, pairs in self.sets.evals.items()},
+            "known": {self.known.evaluated: _coded(known)},
+            "known_size": self.size,
+            "seeds": len(self.seeds),
+            "steps": self.steps,
+        }
+
+
+def most_of_two(sets: Sets) -> str:
+    """The evaluation set with most pairs of the two domains that the known tier is about."""
+    two = numbered([pair.domain for pair in sets.train])[0][:2]
+
+    def fewest(name: str) -> int:
+        counts = Counter(pair.domain for pair in sets.evals[name])
+        return min(counts[domain] for domain in two)
+
+    return max(sets.evals, key=fewest)
+
+
+def _coded(domains: list[str]) -> dict[str, object]:
+    """The names, and the number of each pair's domain."""
+    names, number = numbered(domains)
+    return {"names": names, "of": " ".join(map(str, number.tolist()))}
+
+
+def _rows(task: Task, iterates: dict[str, Parameters], seeds: range) -> Iterator[Row]:
+    with torch.no_grad():
+        lead = {
+            iterate: {name: leads(parameters, judged.pairs) for name, judged in task.evals.items()}
+            for iterate, parameters in iterates.items()
+        }
+    for seed in seeds:
+        measures = {
+            iterate: {name: measured(own[seed], task.evals[name]) for name, own in by_set.items()}
+            for iterate, by_set in lead.items()
+        }
+        right = {name: packed(own[seed]) for name, own in lead["last"].items()}
+        yield {
+            "seed": seed,
+            "measures": rounded(measures),
+            "right": right,
+        }
+
+
+def longer_wins(task: Task) -> Row:
+    """The longer response wins, whatever it says."""
+    lead = {name: torch.where(judged.longer, 1.0, -1.0) for name, judged in task.evals.items()}
+    return {
+        "capacity": "none",
+        "method": "longer wins",
+        "seed": 0,
+        "measures": rounded({"last": {name: measured(lead[name], judged) for name, judged in task.evals.items()}}),
+        "right": {name: packed(own) for name, own in lead.items()},
+    }

@@ -1,0 +1,98 @@
+"""Does robustness help out of distribution, when, and against which cheap alternatives?
+
+    python benchmarks/ood_protocol.py --data FOLDER [--seeds 10] [--jobs 2] [--out benchmarks/results/ood_protocol]
+    python benchmarks/evidence_page.py        # docs/evidence.md and its pictures, from what is in --out
+
+FOLDER holds `train.jsonl` (or .jsonl.gz), perhaps `validation.jsonl`, and any number of other files of pairs with
+prompt, chosen, rejected and perhaps domain: each of them is an evaluation set, and chooses nothing. Every method
+trains once, on the same batches. Two tiers, kept apart:
+
+    known    real texts of the two most frequent domains, labels from known scores (see evidence/truth.py), judged on
+             the evaluation set that has most pairs of the two
+    human    the labels of the files, on all evaluation sets
+
+Models are heads on frozen MiniLM features; `ood_language.py` trains language models. Every run is a JSON line. What is
+there already is not run again, so an interrupted command goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+from evidence.features import cache_folder
+from evidence.protocol import Protocol
+from evidence.runs import Row, append_rows, read_rows
+from evidence.studies import Study, studies
+from measuring import machine
+from pair_files import DataError
+
+RESULTS = Path(__file__).parent / "results" / "ood_protocol"
+Job = tuple[int, str]  # the place of a study among all, and a method
+_protocol: Protocol  # of this process
+
+
+def start(*arguments: object) -> None:
+    global _protocol
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message=".*batch pool of")  # what the pools are compared for
+    _protocol = Protocol(*arguments)
+
+
+def run(job: Job) -> tuple[Job, list[Row]]:
+    place, method = job
+    return job, _protocol.run(studies()[place], method)
+
+
+def done(rows: list[Row]) -> set[tuple[str, str, str]]:
+    return {(json.dumps(row["task"]), row["capacity"], row["method"]) for row in rows}
+
+
+def missing(rows: list[Row], chosen: list[Study]) -> list[Job]:
+    """Runs that are in no row yet; two studies may ask for the same one."""
+    there, jobs = done(rows), []
+    for place, study in enumerate(chosen):
+        for method in study.methods:
+            key = (json.dumps(study.about), study.capacity, method)
+            if key not in there:
+                there.add(key)
+                jobs.append((place, method))
+    return jobs
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of preference pairs")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the rows (default: %(default)s)")
+    parser.add_argument("--cache", type=Path, default=cache_folder(), help="of embeddings (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=400, help="of 64 pairs (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=2, help="processes (default: %(default)s)")
+    parser.add_argument("--smoke", action="store_true", help="two seeds of four steps, every study and method")
+    args = parser.parse_args(argv)
+    if args.smoke:
+        args.seeds, args.steps, args.jobs = 2, 4, 1
+    arguments = (args.data, args.cache, args.seeds, args.steps)
+    try:
+        start(*arguments)
+    except (DataError, OSError) as problem:
+        parser.error(str(problem))
+    path = args.out / "runs.jsonl"
+    jobs = missing(read_rows(path), studies())
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "about.json").write_text(json.dumps(_protocol.about() | machine("cpu"), indent=1) + "\n")
+    print(f"{len(jobs)} runs of {args.seeds} seeds to do", flush=True)
+    with ProcessPoolExecutor(args.jobs, initializer=start, initargs=arguments) as pool:
+        for number, ((place, method), rows) in enumerate(pool.map(run, jobs), start=1):
+            append_rows(path, rows)
+            study = studies()[place]
+            seconds = rows[0]["seconds"]
+            print(f"{number} of {len(jobs)}: {study.capacity}, {study.about}, {method}: {seconds} s a seed", flush=True)
+
+
+if __name__ == "__main__":
+    main()
