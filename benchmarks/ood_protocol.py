@@ -38,6 +38,8 @@ _protocol: Protocol  # of this process
 
 def start(*arguments: object) -> None:
     global _protocol
+    if "_protocol" in globals():
+        return  # a forked process has it already
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message=".*batch pool of")  # what the pools are compared for
     _protocol = Protocol(*arguments)
@@ -70,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the rows (default: %(default)s)")
     parser.add_argument("--cache", type=Path, default=cache_folder(), help="of embeddings (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=400, help="of 64 pairs (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=250, help="of 64 pairs (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default: %(default)s)")
     parser.add_argument("--smoke", action="store_true", help="two seeds of four steps, every study and method")
     args = parser.parse_args(argv)

@@ -32,14 +32,19 @@ class Protocol:
     def __init__(self, data: Path, cache: Path, seeds: int, steps: int) -> None:
         self.sets = read_folder(data)
         self.features = embed_sets(self.sets, cache)
-        self.words = word_features(self.sets, self.features)
+        responses = {name: own.without_prompts() for name, own in self.features.items()}
+        self.seen = {
+            "linear": responses,
+            "mlp": self.features,
+            "bag of words": word_features(self.sets, responses),
+        }
         self.groups = PromptGroups.fit(self.features["train"].prompt, min(_GROUPS, len(self.sets.train)))
         self.known = KnownPairs(self.sets, self.features, most_of_two(self.sets))
         self.size = min(_SIZE, self.known.largest(SHARES))
         self.seeds, self.steps = range(seeds), steps
 
     def task(self, study: Study) -> Task:
-        seen = self.words if study.capacity == "bag of words" else self.features
+        seen = self.seen.get(study.capacity, self.features)
         if study.truth is None:
             return human_task(self.sets, self.features, self.seeds, self.groups, seen)
         return self.known.task(study.truth, self.seeds, self.size, self.groups, seen)

@@ -31,7 +31,6 @@ def studies() -> list[Study]:
         *(Truth(share=share) for share in SHARES),
         *(Truth(conflict=conflict) for conflict in CONFLICTS),
         *(Truth(noise=noise) for noise in NOISES),
-        Truth(conflict=0.5, noise=0.2),
     }
     cells = sorted(one_factor, key=lambda truth: (truth.share, -truth.conflict, truth.noise))
     plain = {"plain": METHODS["plain"]}
