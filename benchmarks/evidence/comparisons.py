@@ -9,7 +9,6 @@ from .methods import METHODS
 from .paired import Difference, difference, difference_of_numbers, mean_of
 from .results import Cell, Results
 
-OTHERS = [method for method in METHODS if method != "plain"]
 MAJORITY, MINORITY = 0, 1
 
 
@@ -26,6 +25,16 @@ class Comparison:
     def __init__(self, results: Results, cell: Cell) -> None:
         self.results, self.cell = results, cell
         self.mixture = results.known_set
+
+    @property
+    def methods(self) -> list[str]:
+        """Those of the protocol that were run here, in its order."""
+        there = self.results.methods(self.cell)
+        return [method for method in METHODS if method in there]
+
+    @property
+    def others(self) -> list[str]:
+        return [method for method in self.methods if method != "plain"]
 
     def accuracy(self, method: str, which: int) -> float:
         return self.results.right(self.cell, method, self.mixture, self.results.two[which]).mean().item()

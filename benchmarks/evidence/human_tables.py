@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from statistics import fmean
 
-from .comparisons import MAJORITY, MINORITY, OTHERS, Shifted, table
+from .comparisons import MAJORITY, MINORITY, Shifted, table
 from .paired import Difference
 from .results import Cell, Results
 
@@ -21,7 +21,7 @@ def power(results: Results, cell: Cell) -> list[str]:
             results.right((None, "bag of words"), "plain", name),
             results.right(cell, "plain", name),
         ]
-        seen = fmean(own.on(method, name).smallest for method in OTHERS)
+        seen = fmean(own.on(method, name).smallest for method in own.others)
         rows.append([name, reached[0].shape[1], *(f"{right.mean().item():.3f}" for right in reached), f"{seen:.3f}"])
     return table(["set", "pairs", "*longer wins*", "*bag of words*", "plain", "smallest difference seen"], rows)
 
@@ -35,7 +35,7 @@ def methods(results: Results, cell: Cell) -> list[str]:
         *(f"{results.right(cell, 'plain', name).mean().item():.3f}" for name in own.sets),
     ]
     rows = [["*plain itself*", *plain, *_means(own, "plain")]]
-    for method in OTHERS:
+    for method in own.others:
         gains: list[Difference] = [own.gain(method, which) for which in two] + [own.on(method, s) for s in own.sets]
         rows.append([method, str(own.overall(method)), *(gain.short for gain in gains), *_means(own, method)])
     names = [results.two[which] for which in two] + [name.removeprefix("eval_") for name in own.sets]

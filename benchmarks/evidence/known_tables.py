@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .comparisons import MAJORITY, MINORITY, OTHERS, Comparison, table
-from .methods import METHODS, POOLS, RADII
+from .comparisons import MAJORITY, MINORITY, Comparison, table
+from .methods import KEY_METHODS, POOLS, RADII
 from .results import Cell, Results
 from .studies import BASE, CONFLICTS, NOISES, SHARES
 from .truth import Truth
@@ -30,7 +30,7 @@ def methods(results: Results, cell: Cell) -> list[str]:
     head = ["method", "majority", "minority", "majority - plain", "minority - plain (95%)", "worst-case loss",
             "its difference (95%)", "ECE", "length-controlled"]  # fmt: skip
     own = Comparison(results, cell)
-    return table(head, [*_floors(results, cell), *(_method(own, method) for method in METHODS)])
+    return table(head, [*_floors(results, cell), *(_method(own, method) for method in own.methods)])
 
 
 def _method(own: Comparison, method: str) -> list[object]:
@@ -60,7 +60,7 @@ def factor(results: Results, name: str) -> list[str]:
             method,
             *(" / ".join(own.gain(method, which).short for which in (MINORITY, MAJORITY)) for own in cells.values()),
         ]
-        for method in OTHERS
+        for method in list(KEY_METHODS)[1:]
     ]
     return table([name, *cells], [["*plain itself*", *plain], *rows])
 
@@ -93,7 +93,7 @@ def iterates(results: Results, cell: Cell) -> list[str]:
     kinds = {"worst domain": "worst", "worst-case loss": "tv10"}
     rows = [
         [method, *(f"{own.value(method, kind, name):.3f}" for kind in kinds.values() for name in names)]
-        for method in METHODS
+        for method in own.methods
     ]
     return table(["method", *(f"{kind}, {name}" for kind in kinds for name in names)], rows)
 

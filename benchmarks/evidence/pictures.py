@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .comparisons import MAJORITY, MINORITY, OTHERS, Comparison
+from .comparisons import MAJORITY, MINORITY, Comparison
 from .known_tables import LINEAR, NOISY
 from .methods import RADII
 from .results import Results
@@ -49,15 +49,15 @@ def _gains(results: Results, path: Path) -> None:
     for panel, (title, cell) in zip(panels, {"right labels": LINEAR, "20% wrong labels": NOISY}.items(), strict=True):
         own = Comparison(results, cell)
         for shift, (which, label) in zip((-0.15, 0.15), ((MAJORITY, "majority"), (MINORITY, "minority")), strict=True):
-            gains = [own.gain(method, which) for method in OTHERS]
-            places = [place + shift for place in range(len(OTHERS))]
+            gains = [own.gain(method, which) for method in own.others]
+            places = [place + shift for place in range(len(own.others))]
             middle = [gain.mean for gain in gains]
             ends = [[gain.mean - gain.low for gain in gains], [gain.high - gain.mean for gain in gains]]
             panel.errorbar(middle, places, xerr=ends, fmt="o", label=label)
         panel.axvline(0, color="grey", linewidth=0.8)
         panel.set(title=title, xlabel="accuracy - plain, 95% interval")
         panel.grid(alpha=0.3)
-    panels[0].set_yticks(range(len(OTHERS)), OTHERS)
+    panels[0].set_yticks(range(len(own.others)), own.others)
     panels[0].invert_yaxis()
     panels[0].legend()
     figure.savefig(path, dpi=100)

@@ -17,13 +17,13 @@ from .human import human_task
 from .measures import measured, packed
 from .runs import Row, rounded
 from .sets import Sets, read_folder
-from .studies import SHARES, Study
+from .studies import GROUPS, SHARES, Study
 from .tasks import Task, numbered
 from .training import trained
 from .truth import KnownPairs
 from .words import word_features
 
-_SIZE, _GROUPS = 4000, 16  # training pairs of the known tier; soft groups of prompts
+_SIZE = 4000  # training pairs of the known tier
 
 
 class Protocol:
@@ -38,7 +38,7 @@ class Protocol:
             "mlp": self.features,
             "bag of words": word_features(self.sets, responses),
         }
-        self.groups = PromptGroups.fit(self.features["train"].prompt, min(_GROUPS, len(self.sets.train)))
+        self.groups = PromptGroups.fit(self.features["train"].prompt, min(GROUPS, len(self.sets.train)))
         self.known = KnownPairs(self.sets, self.features, most_of_two(self.sets))
         self.size = min(_SIZE, self.known.largest(SHARES))
         self.seeds, self.steps = range(seeds), steps
