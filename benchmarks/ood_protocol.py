@@ -57,7 +57,7 @@ def missing(rows: list[Row]) -> list[Job]:
     there = {(json.dumps(row["task"]), row["capacity"], row["method"]) for row in rows}
     jobs = []
     for place, study in enumerate(_studies):
-        for method in study.methods:
+        for method in study.methods if _protocol.can(study) else ():
             key = (json.dumps(study.about), study.capacity, method)
             if key not in there:
                 there.add(key)
@@ -86,6 +86,8 @@ def main(argv: list[str] | None = None) -> None:
     jobs = missing(read_rows(path))
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "about.json").write_text(json.dumps(_protocol.about() | machine("cpu"), indent=1) + "\n")
+    if _protocol.known is None:
+        print("No known tier: it takes two domains, each in train, validation and one evaluation set.")
     print(f"{len(jobs)} runs of {args.seeds} seeds to do", flush=True)
     pool = ProcessPoolExecutor(args.jobs, initializer=start, initargs=arguments)
     try:

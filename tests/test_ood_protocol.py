@@ -79,6 +79,14 @@ def test_a_folder_without_training_pairs_is_an_error(module: Callable[[str], Mod
         module("evidence.sets").read_folder(tmp_path)
 
 
+def test_one_domain_leaves_the_human_tier(module: Callable[[str], ModuleType], folder: Path) -> None:
+    sets = module("evidence.sets").read_folder(folder)
+    known_pairs, replace = module("evidence.protocol").known_pairs, module("dataclasses").replace
+    alone = [replace(pair, domain="mine") for pair in sets.train]
+    assert known_pairs(replace(sets, train=alone), {}) is None
+    assert known_pairs(replace(sets, validation=alone), {}) is None
+
+
 def test_any_file_of_pairs_is_an_evaluation_set(module: Callable[[str], ModuleType], folder: Path) -> None:
     (folder / "validation.jsonl").unlink()
     sets = module("evidence.sets").read_folder(folder)

@@ -28,7 +28,8 @@ def power(results: Results, cell: Cell) -> list[str]:
 
 def methods(results: Results, cell: Cell) -> list[str]:
     """All methods, less plain training: on the shifted sets, and on the two domains of the training mixture."""
-    own, two = Shifted(results, cell), (MINORITY, MAJORITY)
+    own = Shifted(results, cell)
+    two = (MINORITY, MAJORITY) if own.mixture else ()
     plain = [
         f"{own.mean('plain', 'accuracy'):.3f}",
         *(f"{own.accuracy('plain', which):.3f}" for which in two),

@@ -57,8 +57,8 @@ def _what_was_run(results: Results) -> list[str]:
         "- **Human labels** (tier B): the labels of the files, all evaluation sets.",
         "- **Language models** (tiers A and C): LoRA in place of frozen features.",
         f"- **Models**: frozen MiniLM features with a linear head on the response, or an MLP ({HIDDEN} hidden units) "
-        f"on prompt, response and their product; {about['steps']} AdamW steps of {BATCH} pairs, {about['seeds']} seeds, "
-        "the same batches for every method. Learning rates by the validation loss of plain training.",
+        f"on prompt, response and their product; {about['steps']} AdamW steps of {BATCH} pairs, {about['seeds']} "
+        "seeds, the same batches for every method. Learning rates by the validation loss of plain training.",
         f"- **Methods**: {len(METHODS)}, all from the package: the sets through `Reweighter` with its default memory, "
         f"their rivals from `robustgrad.baselines`, prompt groups ({GROUPS}) from `robustgrad.prompt_groups`. "
         "Known domains, group DRO and inverse frequency are told the domain of each training pair, the others are not.",
@@ -74,6 +74,8 @@ def _known(results: Results, pictures: str) -> list[str]:
     def section(title: str, lines: list[str]) -> list[str]:
         return ["", f"### {title}", "", *lines]
 
+    if results.known_set is None:
+        return ["## Known labels (tier A)", "", "Not run: the pairs are not of two domains."]
     return [
         "## Known labels (tier A)",
         *section("Linear head", known_tables.methods(results, LINEAR)),
@@ -119,9 +121,9 @@ def _language(results: Results) -> list[str]:
     lines = ["## Language models (tiers A and C)", ""]
     if rows := [row for method in results.methods(LORA) for row in results.rows(LORA, method)]:
         lines += [
-            f"MiniLM with LoRA on the texts, known labels, {rows[0]['steps']} steps of {rows[0]['batch']} pairs, judged "
-            f"on the first {rows[0]['most']} pairs of each domain. Steps and pairs are others than above: compare the "
-            "rows of this table only.",
+            f"MiniLM with LoRA on the texts, known labels, {rows[0]['steps']} steps of {rows[0]['batch']} pairs, "
+            f"judged on the first {rows[0]['most']} pairs of each domain. Steps and pairs are others than above: "
+            "compare the rows of this table only.",
             "",
             *known_tables.language(results, LORA),
         ]
@@ -131,8 +133,8 @@ def _language(results: Results) -> list[str]:
         lines += [
             "",
             "**Tier C, a model that learns the human labels, was not run**: there was no time for it on two shared "
-            "cores. `python benchmarks/ood_protocol_language.py --data FOLDER --tier human --model smollm2` runs it and "
-            "goes on where it was interrupted.",
+            "cores. `python benchmarks/ood_protocol_language.py --data FOLDER --tier human --model smollm2` runs it "
+            "and goes on where it was interrupted.",
         ]
     return lines
 

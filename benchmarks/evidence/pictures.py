@@ -14,6 +14,8 @@ def draw(results: Results, folder: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    if results.known_set is None:
+        return
     _radii(results, folder / "radius.png")
     _gains(results, folder / "gains.png")
 

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from preference_pairs import Pair
 
 from robustgrad.prompt_groups import PromptGroups
 
-from .features import embed_sets
+from .features import Features, embed_sets
 from .heads import Parameters, leads
 from .human import human_task
 from .measures import measured, packed
@@ -39,9 +40,12 @@ class Protocol:
             "bag of words": word_features(self.sets, responses),
         }
         self.groups = PromptGroups.fit(self.features["train"].prompt, min(GROUPS, len(self.sets.train)))
-        self.known = KnownPairs(self.sets, self.features, most_of_two(self.sets))
-        self.size = min(_SIZE, self.known.largest(SHARES))
+        self.known = known_pairs(self.sets, self.features)
+        self.size = 0 if self.known is None else min(_SIZE, self.known.largest(SHARES))
         self.seeds, self.steps = range(seeds), steps
+
+    def can(self, study: Study) -> bool:
+        return study.truth is None or self.known is not None
 
     def task(self, study: Study) -> Task:
         seen = self.seen.get(study.capacity, self.features)
@@ -61,26 +65,32 @@ class Protocol:
 
     def about(self) -> Row:
         """What a reader of the rows has to know: the sets, and the domain of every pair in the order of its bits."""
-        known = [self.known.domains[which] for which in self.known.test.domain.tolist()]
+        known = {}
+        if self.known is not None:
+            domains = [self.known.domains[which] for which in self.known.test.domain.tolist()]
+            known = {self.known.evaluated: _coded(domains)}
         return {
             "train": dict(Counter(pair.domain for pair in self.sets.train).most_common()),
             "evals": {name: _coded([pair.domain for pair in pairs]) for name, pairs in self.sets.evals.items()},
-            "known": {self.known.evaluated: _coded(known)},
+            "known": known,
             "known_size": self.size,
             "seeds": len(self.seeds),
             "steps": self.steps,
         }
 
 
-def most_of_two(sets: Sets) -> str:
-    """The evaluation set with most pairs of the two domains that the known tier is about."""
+def known_pairs(sets: Sets, features: dict[str, Features]) -> KnownPairs | None:
+    """On the evaluation set with most pairs of the two most frequent domains; None where pairs of both are missing."""
     two = numbered([pair.domain for pair in sets.train])[0][:2]
 
-    def fewest(name: str) -> int:
-        counts = Counter(pair.domain for pair in sets.evals[name])
+    def fewest(pairs: list[Pair]) -> int:
+        counts = Counter(pair.domain for pair in pairs)
         return min(counts[domain] for domain in two)
 
-    return max(sets.evals, key=fewest)
+    evaluated = max(sets.evals, key=lambda name: fewest(sets.evals[name]))
+    if len(two) < 2 or not fewest(sets.validation) or not fewest(sets.evals[evaluated]):
+        return None
+    return KnownPairs(sets, features, evaluated)
 
 
 def _coded(domains: list[str]) -> dict[str, object]:

@@ -58,8 +58,9 @@ class Results:
         return [coded["names"][int(number)] for number in coded["of"].split()]
 
     @cached_property
-    def known_set(self) -> str:
-        return next(iter(self.about["known"]))
+    def known_set(self) -> str | None:
+        """The evaluation set of the known tier, which is of the training mixture."""
+        return next(iter(self.about["known"]), None)
 
     @cached_property
     def two(self) -> list[str]:
