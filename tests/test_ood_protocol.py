@@ -198,18 +198,16 @@ def test_the_floor_longer_wins(
     row, judged = module("evidence.protocol").longer_wins(made), made.evals["mine"]
     measures = row["measures"]["last"]["mine"]
     assert measures["length_controlled"] == pytest.approx(0.5)
-    assert measures["accuracy"] == pytest.approx((judged.weight * judged.longer).sum().item(), abs=1e-4)
+    assert measures["accuracy"] == pytest.approx((judged.weight * (judged.longer + 1) / 2).sum().item(), abs=1e-4)
 
 
 def test_measures_by_hand(module: Callable[[str], ModuleType]) -> None:
     measures, judged = module("evidence.measures"), module("evidence.tasks").Judged
     lead = torch.tensor([2.0, -1.0, 0.0, 3.0])
-    about = judged(
-        features(module, 4), ["a", "a", "b", "b"], torch.tensor([True, True, False, False]), torch.ones(4) / 4
-    )
+    about = judged(features(module, 4), ["a", "a", "b", "b"], torch.tensor([1.0, 1.0, -1.0, 0.0]), torch.ones(4) / 4)
     got = measures.measured(lead, about)
     assert (got["accuracy"], got["mean"], got["worst"]) == pytest.approx((0.625, 0.625, 0.5))
-    assert got["length_controlled"] == pytest.approx((0.5 + 0.75) / 2)
+    assert got["length_controlled"] == pytest.approx((0.5 + 0.5) / 2)
     loss = torch.nn.functional.softplus(-lead).sort().values
     assert got["loss"] == pytest.approx(loss.mean().item())
     assert got["tv40"] == pytest.approx(
@@ -218,8 +216,8 @@ def test_measures_by_hand(module: Callable[[str], ModuleType]) -> None:
     sure = [1 / (1 + math.exp(-x)) for x in (2.0, 1.0, 0.0, 3.0)]
     by_hand = (abs(sure[0] - 1) + abs(sure[1] - 0) + abs(sure[2] - 0.5) + abs(sure[3] - 1)) / 4
     assert got["ece"] == pytest.approx(by_hand, abs=1e-6)
-    bits = measures.packed(torch.tensor([1.0, -1.0] * 5 + [1.0]))
-    assert measures.unpacked(bits, 11).tolist() == [1, 0] * 5 + [1]
+    outcomes = measures.outcomes(torch.tensor([1.0, -1.0] * 5 + [0.0]))
+    assert measures.unpacked(outcomes, 11).tolist() == [1, 0] * 5 + [0.5]
 
 
 def test_paired_differences(module: Callable[[str], ModuleType]) -> None:

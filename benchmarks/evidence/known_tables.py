@@ -16,12 +16,6 @@ CELLS: dict[str, dict[str, Cell]] = {
     "minority": {f"{share:.0%}": (Truth(share=share), "linear") for share in SHARES},
     "conflict": {f"{conflict:.0%}": (Truth(conflict=conflict), "linear") for conflict in CONFLICTS},
     "noise": {f"{noise:.0%}": (Truth(noise=noise), "linear") for noise in NOISES},
-    "head": {
-        "linear": LINEAR,
-        "MLP": (BASE, "mlp"),
-        "linear, noise 20%": NOISY,
-        "MLP, noise 20%": (Truth(noise=0.2), "mlp"),
-    },
 }
 
 

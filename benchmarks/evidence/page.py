@@ -12,10 +12,8 @@ from .methods import METHODS
 from .results import Cell, Results
 from .studies import BASE, GROUPS
 from .tasks import BATCH
-from .truth import Truth
 
 MLP: Cell = (BASE, "mlp")
-NOISY_MLP: Cell = (Truth(noise=0.2), "mlp")
 LORA: Cell = (BASE, "minilm LoRA")
 SMOLLM: Cell = (None, "smollm2 LoRA")
 
@@ -83,7 +81,6 @@ def _known(results: Results, pictures: str) -> list[str]:
         "",
         f"![Gain of each method over plain training]({pictures}/gains.png)",
         *section("MLP, which sees the prompt", known_tables.methods(results, MLP)),
-        *section("MLP, 20% of the training labels wrong", known_tables.methods(results, NOISY_MLP)),
         *section("How large the minority is", known_tables.factor(results, "minority")),
         *section("How far the domains disagree", known_tables.factor(results, "conflict")),
         *section("Label noise", known_tables.factor(results, "noise")),

@@ -15,7 +15,7 @@ from robustgrad.prompt_groups import PromptGroups
 from .features import Features, embed_sets
 from .heads import Parameters, leads
 from .human import human_task
-from .measures import measured, packed
+from .measures import measured, outcomes
 from .runs import Row, rounded
 from .sets import Sets, read_folder
 from .studies import GROUPS, SHARES, Study
@@ -110,21 +110,21 @@ def _rows(task: Task, iterates: dict[str, Parameters], seeds: range) -> Iterator
             iterate: {name: measured(own[seed], task.evals[name]) for name, own in by_set.items()}
             for iterate, by_set in lead.items()
         }
-        right = {name: packed(own[seed]) for name, own in lead["last"].items()}
+        by_pair = {name: outcomes(own[seed]) for name, own in lead["last"].items()}
         yield {
             "seed": seed,
             "measures": rounded(measures),
-            "right": right,
+            "outcomes": by_pair,
         }
 
 
 def longer_wins(task: Task) -> Row:
     """The longer response wins, whatever it says."""
-    lead = {name: torch.where(judged.longer, 1.0, -1.0) for name, judged in task.evals.items()}
+    lead = {name: judged.longer for name, judged in task.evals.items()}
     return {
         "capacity": "none",
         "method": "longer wins",
         "seed": 0,
         "measures": rounded({"last": {name: measured(lead[name], judged) for name, judged in task.evals.items()}}),
-        "right": {name: packed(own) for name, own in lead.items()},
+        "outcomes": {name: outcomes(own) for name, own in lead.items()},
     }

@@ -45,12 +45,12 @@ class Results:
         return fmean(self.values(cell, method, name, of_set, iterate))
 
     def right(self, cell: Cell, method: str, of_set: str, domain: str | None = None) -> Tensor:
-        """(seeds, pairs) float64, 1 where the pair of the set (of the domain) was right."""
+        """(seeds, pairs) float64, 1 where the pair of the set (of the domain) was right, 1/2 for a tie."""
         rows = self.rows(cell, method)
         domains = self.domains(cell, of_set)
         if "most" in rows[0]:
             domains = [domains[i] for i in first_of_each(domains, rows[0]["most"]).tolist()]
-        right = torch.stack([unpacked(row["right"][of_set], len(domains)) for row in rows])
+        right = torch.stack([unpacked(row["outcomes"][of_set], len(domains)) for row in rows])
         return right if domain is None else right[:, [d == domain for d in domains]]
 
     def domains(self, cell: Cell, of_set: str) -> list[str]:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from .methods import KEY_METHODS, METHODS, POOLS, RADII, Make
 from .truth import Truth
 
-SHARES, CONFLICTS, NOISES = (0.01, 0.03, 0.1, 0.3), (0.0, 0.5, 1.0), (0.0, 0.1, 0.2)
+SHARES, CONFLICTS, NOISES = (0.01, 0.1, 0.3), (0.0, 0.5, 1.0), (0.0, 0.1, 0.2)
 BASE = Truth()
 GROUPS = 16  # of prompts
 
@@ -47,7 +47,7 @@ def studies(smoke: bool = False) -> list[Study]:
     return [
         *(Study(truth, "bag of words", plain) for truth in (BASE, noisy, None)),
         *(Study(truth, "linear", METHODS) for truth in (BASE, None, noisy)),
-        *(Study(truth, "mlp", KEY_METHODS) for truth in (BASE, None, noisy)),
+        *(Study(truth, "mlp", KEY_METHODS) for truth in (BASE, None)),
         *(Study(truth, "linear", KEY_METHODS) for truth in cells),
         *(Study(truth, "linear", RADII) for truth in (BASE, noisy)),
         Study(BASE, "linear", POOLS),
