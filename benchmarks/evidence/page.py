@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from . import human_tables, known_tables
-from .conclusions import conclusions, when_not
+from .conclusions import conclusions
 from .heads import HIDDEN
 from .human_tables import LINEAR as HUMAN
 from .human_tables import MLP as HUMAN_MLP
@@ -22,7 +22,7 @@ def page(results: Results, pictures: str, *, judged: bool = True) -> str:
     """The whole page; without what was concluded (`judged`) for results other than those it was concluded from."""
     parts = [_head(judged)]
     if judged:
-        parts += [conclusions(results), when_not(results)]
+        parts.append(conclusions(results).splitlines())
     parts += [_what_was_run(results), _known(results, pictures), _human(results), _language(results), _again()]
     return "\n\n".join("\n".join(part) for part in parts) + "\n"
 
