@@ -67,10 +67,14 @@ def small_calls(axes: Axes) -> None:
         parts = [ambiguity.solve(everything.reshape(-1, size)) for size in sizes]
         kept = [float((part.value - part.mean).mean()) / excess for part in parts]
         axes.plot(sizes, kept, marker="o", markersize=3, label=f"{name}, per call", color=COLOURS[name])
-        axes.plot(sizes[0], one_by_one(ambiguity, everything[:20_000]) / excess, "*", markersize=13, color=COLOURS[name])
+        axes.plot(
+            sizes[0], one_by_one(ambiguity, everything[:20_000]) / excess, "*", markersize=13, color=COLOURS[name]
+        )
     axes.plot([], [], "*", color="grey", markersize=10, label="with the memory, one by one")
     axes.axhline(1, color="grey", linewidth=0.8, linestyle=":")
-    axes.set(xscale="log", xlabel="samples in a call", ylabel="share of the robust excess that is left", ylim=(-0.05, 1.2))
+    axes.set(
+        xscale="log", xlabel="samples in a call", ylabel="share of the robust excess that is left", ylim=(-0.05, 1.2)
+    )
 
 
 def one_by_one(ambiguity: AmbiguitySet, stream: Tensor) -> float:
