@@ -16,7 +16,7 @@ import torch
 from hollow import hollow
 
 if find_spec("axolotl") is None:
-    pytest.skip("needs axolotl; CONTRIBUTING.md has the line that installs it", allow_module_level=True)
+    pytest.skip("needs axolotl; docs/other_trainers.md has the line that installs it", allow_module_level=True)
 import tiny
 from trainer_cases import DPO, REWARD, expected, log_probability
 from trainer_steps import SET, gradient, steps, worst

@@ -7,6 +7,7 @@ are not installed, and `Engine` below plays DeepSpeed's part: what it has to do 
 from __future__ import annotations
 
 from importlib.util import find_spec
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +20,7 @@ from hollow import hollow
 from torch import Tensor, nn
 
 if find_spec("openrlhf") is None:
-    pytest.skip("needs openrlhf; CONTRIBUTING.md has the line that installs it", allow_module_level=True)
+    pytest.skip("needs openrlhf; docs/other_trainers.md has the line that installs it", allow_module_level=True)
 with hollow("deepspeed", "ray", "vllm", "flash_attn", "torchdata", "aiohttp", "pylatexenc"):
     from openrlhf.models import loss as losses_of
     from openrlhf.trainer.dpo_trainer import DPOTrainer
@@ -118,6 +119,18 @@ def test_loss_is_that_of_openrlhf_with_the_gradient_reweighted(case: str) -> Non
     torch.testing.assert_close(out, loss_fn(*arguments, **named), rtol=0, atol=0)
 
 
+def test_losses_have_the_units_of_a_whole_step() -> None:
+    """Whatever the cut, a sample enters the memory with the same loss."""
+    seen = []
+    for cut in ([0, N], [0, 2, N]):
+        loss_fn, arguments, named = supervised()
+        robust = RobustLoss(loss_fn, Reweighter(SET))
+        for start, end in pairwise(cut):
+            robust(*(x[start:end] for x in arguments), **named)
+        seen.append(robust.reweighter.state_dict()["pool"]["waiting"]["scores"])
+    torch.testing.assert_close(seen[0], seen[1], rtol=1e-6, atol=1e-7)
+
+
 class Engine(nn.Module):
     """What DeepSpeed's engine does with a loss: its `step` is called for every micro-batch."""
 
@@ -126,6 +139,12 @@ class Engine(nn.Module):
         self.module, self.accumulation = module, accumulation
         self.micro_steps = self.global_steps = 0
         self.gradients: list[Tensor] = []
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:  # what it has not got, its module may have
+            return getattr(super().__getattr__("module"), name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)

@@ -23,7 +23,7 @@ from hollow import hollow
 from torch import Tensor
 
 if find_spec("verl") is None:
-    pytest.skip("needs verl; CONTRIBUTING.md has the line that installs it", allow_module_level=True)
+    pytest.skip("needs verl; docs/other_trainers.md has the line that installs it", allow_module_level=True)
 with hollow("ray", "uvicorn", "fastapi"):
     import verl
     from verl.trainer.ppo import core_algos, ray_trainer
