@@ -37,17 +37,8 @@ from robustgrad import ChiSquare, TotalVariation
 UIDS = np.array(["b", "a", "b", "c", "a", "b", "c", "d", "d", "d"], dtype=object)
 N, T = len(UIDS), 5
 SET = {"ambiguity": "ChiSquare", "radius": 0.3}
-ESTIMATORS = [
-    "gpg",
-    "grpo",
-    "grpo_passk",
-    "grpo_vectorized",
-    "opo",
-    "reinforce_plus_plus",
-    "reinforce_plus_plus_baseline",
-    "rloo",
-    "rloo_vectorized",
-]
+ESTIMATORS = ["gpg", "grpo", "grpo_passk", "grpo_vectorized", "opo", "reinforce_plus_plus", "rloo", "rloo_vectorized"]
+ESTIMATORS += ["reinforce_plus_plus_baseline"]
 POLICY = torch.linspace(0.1, 0.5, T, requires_grad=True)  # what the log-probabilities are made of
 LOSSES = ["vanilla", "dppo_tv", "dppo_kl", "gspo", "sapo", "gpg", "geo_mean", "dro", "cispo"]
 
