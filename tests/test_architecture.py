@@ -20,7 +20,7 @@ LAYERS = [
     {"radius", "schedule"},
     {"_units", "samples", "hook", "_graph"},
     {"distributed", "token_units", "_reductions"},
-    {"pool"},
+    {"pool", "_traced"},
     {"memory", "window", "_attribution"},
     {"pools", "capture"},
     {"ratios", "robust_loss"},
