@@ -37,17 +37,8 @@ from robustgrad import ChiSquare, TotalVariation
 UIDS = np.array(["b", "a", "b", "c", "a", "b", "c", "d", "d", "d"], dtype=object)
 N, T = len(UIDS), 5
 SET = {"ambiguity": "ChiSquare", "radius": 0.3}
-ESTIMATORS = [
-    "gpg",
-    "grpo",
-    "grpo_passk",
-    "grpo_vectorized",
-    "opo",
-    "reinforce_plus_plus",
-    "reinforce_plus_plus_baseline",
-    "rloo",
-    "rloo_vectorized",
-]
+ESTIMATORS = ["gpg", "grpo", "grpo_passk", "grpo_vectorized", "opo", "reinforce_plus_plus", "rloo", "rloo_vectorized"]
+ESTIMATORS += ["reinforce_plus_plus_baseline"]
 POLICY = torch.linspace(0.1, 0.5, T, requires_grad=True)  # what the log-probabilities are made of
 LOSSES = ["vanilla", "dppo_tv", "dppo_kl", "gspo", "sapo", "gpg", "geo_mean", "dro", "cispo"]
 
@@ -77,8 +68,7 @@ def batch(seed: int = 0) -> Any:
     mask[-1] = 0
     rewards = torch.zeros(N, T)
     rewards[:, 0] = torch.randn(N, generator=random) + torch.tensor([1.0 * (uid > "a") for uid in UIDS])
-    tensors = {"token_level_rewards": rewards, "response_mask": mask}
-    return verl.DataProto.from_dict(tensors=tensors, non_tensors={"uid": UIDS})
+    return verl.DataProto.from_dict({"token_level_rewards": rewards, "response_mask": mask}, {"uid": UIDS})
 
 
 def prompt_ratio(data: Any) -> Tensor:
@@ -92,9 +82,8 @@ def prompt_ratio(data: Any) -> Tensor:
 
 
 def advantages(name: str, config: Any, data: Any) -> Tensor:
-    done = ray_trainer.compute_advantage(
-        data, name, config=config, norm_adv_by_std_in_grpo=config.norm_adv_by_std_in_grpo
-    )
+    by_std = config.norm_adv_by_std_in_grpo
+    done = ray_trainer.compute_advantage(data, name, config=config, norm_adv_by_std_in_grpo=by_std)
     return done.batch["advantages"]
 
 
@@ -109,9 +98,8 @@ def test_advantages_are_those_of_verl_times_the_ratio_of_the_prompt(name: str) -
 
 
 def test_the_list_is_what_verl_has() -> None:
-    assert {name for name in core_algos.ADV_ESTIMATOR_REGISTRY if name.startswith("robust_")} == {
-        f"robust_{name}" for name in ESTIMATORS
-    }
+    robust = {name for name in core_algos.ADV_ESTIMATOR_REGISTRY if name.startswith("robust_")}
+    assert robust == {f"robust_{name}" for name in ESTIMATORS}
     assert {f"robust_{name}" for name in LOSSES} < core_algos.POLICY_LOSS_REGISTRY.keys()
 
 
@@ -155,10 +143,8 @@ def loss_of(name: str, config: Any, data: dict[str, Tensor], **more: Any) -> Ten
 
 def normalised(config: Any, micro_batches: int, dp_size: int = 1) -> Any:
     """What the worker writes there: totals over the mini-batch and all ranks."""
-    tokens = int(rows()["response_mask"].sum())
-    config.global_batch_info.update(
-        dp_size=dp_size, batch_num_tokens=tokens * micro_batches, global_batch_size=N * micro_batches
-    )
+    tokens, responses = int(rows()["response_mask"].sum()) * micro_batches, N * micro_batches
+    config.global_batch_info.update(dp_size=dp_size, batch_num_tokens=tokens, global_batch_size=responses)
     return config
 
 

@@ -42,10 +42,13 @@ def robustify(trainer: Any, ambiguity: AmbiguitySet, **options: Any) -> Any:
     mean reward. The ratio multiplies the advantages of the whole rollout, so a KL or entropy term of the loss
     keeps its own weight. In the constructor of a subclass, since both are Ray actors:
 
-        class RobustPPOTrainer(PPOTrainer.__ray_metadata__.modified_class):
+        @ray.remote
+        class RobustPPOTrainer(ppo_trainer.PPOTrainer.__ray_metadata__.modified_class):
             def __init__(self, *args, **kwargs):
                 super().__init__(*args, **kwargs)
                 robustify(self, TotalVariation(0.1))
+
+        ppo_trainer.PPOTrainer = RobustPPOTrainer    # before train(args) of train_ppo_ray.py
 
     Args:
         trainer: one of these, before `fit`; or a RemoteExperienceMaker.
