@@ -1,7 +1,8 @@
 """A MkDocs hook: what stands elsewhere in the repository is shown on the site, not written twice.
 
 A line that is nothing but a link out of `docs` becomes what it leads to: `[Limits](../README.md#limits)` that section,
-without its heading, `[All](../README.md)` the whole page, `[a script](../examples/quickstart.py)` its code.
+without its heading, `[All](../README.md)` the whole page, `[a script](../examples/quickstart.py)` its code. Pictures of
+the benchmarks are taken along; other links out of `docs` keep their text alone.
 """
 
 from __future__ import annotations
@@ -9,15 +10,28 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 _LINE = re.compile(r"^\[[^\]]+\]\(\.\./([\w./-]+)(?:#([\w-]+))?\)$", re.MULTILINE)
+_PICTURE = re.compile(r"(!\[[^\]]*\]\()\.\./(benchmarks/)")
+_OUT = re.compile(r"(?<!!)\[([^\]]+)\]\(\.\./[^)]+\)")
 _LINK = re.compile(r"\[([^\]]+)\]\((?!https?:|#)([^)]+)\)")
 
 
-def on_page_markdown(markdown: str, **kwargs: object) -> str:
-    return _LINE.sub(lambda found: shown(found[1], found[2]), markdown)
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    for path in sorted((ROOT / "benchmarks" / "results").rglob("*.png")):
+        files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, **kwargs: object) -> str:
+    markdown = _LINE.sub(lambda found: shown(found[1], found[2]), markdown)
+    # In a folder of docs `../` leads to docs.
+    return markdown if "/" in page.file.src_uri else _OUT.sub(r"\1", _PICTURE.sub(r"\1\2", markdown))
 
 
 def shown(path: str, anchor: str | None) -> str:

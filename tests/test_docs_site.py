@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -76,21 +76,33 @@ def hook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
+def markdown(hook: ModuleType, text: str, page: str = "a.md") -> str:
+    return hook.on_page_markdown(text, page=SimpleNamespace(file=SimpleNamespace(src_uri=page)))
+
+
+def test_pictures_of_benchmarks_are_found(hook: ModuleType) -> None:
+    assert markdown(hook, "![a](../benchmarks/results/b.png)") == "![a](benchmarks/results/b.png)"
+
+
+def test_links_of_a_page_in_a_folder_stay(hook: ModuleType) -> None:
+    assert markdown(hook, "see [a](../a.md)", "api/b.md") == "see [a](../a.md)"
+
+
 def test_a_section_of_the_readme_is_shown(hook: ModuleType) -> None:
-    shown = hook.on_page_markdown("before\n\n[One, two](../README.md#one-two)\n\nafter [it](../README.md#last).\n")
+    shown = markdown(hook, "before\n\n[One, two](../README.md#one-two)\n\nafter [it](../README.md#last).\n")
     section = "[a](b.md) c [e](https://f.g)\n```\n# no heading\n```\n### Inner\nx"
-    assert shown == f"before\n\n{section}\n\nafter [it](../README.md#last).\n"
+    assert shown == f"before\n\n{section}\n\nafter it.\n"
 
 
 def test_a_whole_page_is_shown(hook: ModuleType) -> None:
-    assert hook.on_page_markdown("[All](../README.md)").startswith("first\n\n## One, two\n")
+    assert markdown(hook, "[All](../README.md)").startswith("first\n\n## One, two\n")
 
 
 def test_a_script_is_shown_as_code(hook: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text("a = 1\n")
-    assert hook.on_page_markdown("[a](../a.py)") == "```py\na = 1\n```"
+    assert markdown(hook, "[a](../a.py)") == "```py\na = 1\n```"
 
 
 def test_a_section_that_is_missing_stops_the_build(hook: ModuleType) -> None:
     with pytest.raises(Exception, match=r"README.md has no section #three"):
-        hook.on_page_markdown("[Three](../README.md#three)")
+        markdown(hook, "[Three](../README.md#three)")
