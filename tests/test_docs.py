@@ -6,6 +6,7 @@ import doctest
 import importlib
 import pkgutil
 import re
+import runpy
 import warnings
 from pathlib import Path
 from types import ModuleType
@@ -102,6 +103,16 @@ def trainers(code: str, folder: Path) -> dict[str, object]:
             return {"reward_trainer": RewardTrainer(tiny.classifier(), args, train_dataset=tiny.pairs(), **given)}
         args = SFTConfig(packing=True, **options)
         return {"sft_trainer": SFTTrainer(tiny.causal_lm(), args, train_dataset=tiny.sentences(), **given)}
+
+
+def test_the_quick_start_prints_what_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    """To two points: other versions and machines draw and round differently."""
+    runpy.run_path(str(ROOT / "examples" / "quickstart.py"))
+    shown = re.search(r"```text\n(radius .*?)```", (DOCS / "index.md").read_text(), re.DOTALL)
+    assert shown is not None
+    numbers = [[float(x) for x in re.findall(r"[\d.]+(?=%)", text)] for text in (shown[1], capsys.readouterr().out)]
+    assert len(numbers[0]) == 4
+    assert numbers[1] == pytest.approx(numbers[0], abs=2)
 
 
 def test_there_are_twenty_mistakes() -> None:
