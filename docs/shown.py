@@ -17,9 +17,10 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 _LINE = re.compile(r"^\[[^\]]+\]\(\.\./([\w./-]+)(?:#([\w-]+))?\)$", re.MULTILINE)
-_PICTURE = re.compile(r"(!\[[^\]]*\]\()\.\./(benchmarks/)")
 _OUT = re.compile(r"(?<!!)\[([^\]]+)\]\(\.\./[^)]+\)")
-_LINK = re.compile(r"\[([^\]]+)\]\((?!https?:|#)([^)]+)\)")
+_PICTURE_OUT = re.compile(r"(!\[[^\]]*\]\()\.\./(benchmarks/)")
+_LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((?!https?:|#)([^)]+)\)")
+_PICTURE = re.compile(r"(!\[[^\]]*\]\()(?!https?:)")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -31,7 +32,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, **kwargs: object) -> str:
     markdown = _LINE.sub(lambda found: shown(found[1], found[2]), markdown)
     # In a folder of docs `../` leads to docs.
-    return markdown if "/" in page.file.src_uri else _OUT.sub(r"\1", _PICTURE.sub(r"\1\2", markdown))
+    return markdown if "/" in page.file.src_uri else _OUT.sub(r"\1", _PICTURE_OUT.sub(r"\1\2", markdown))
 
 
 def shown(path: str, anchor: str | None) -> str:
@@ -41,9 +42,17 @@ def shown(path: str, anchor: str | None) -> str:
 
 
 def section(path: str, anchor: str | None) -> str:
-    """The text below the heading of this anchor, or below the title, up to the next heading of its level."""
-    level, wanted, kept = 0, anchor, []
-    fenced = False
+    text = "\n".join(below(path, anchor)).strip()
+    if not text:
+        raise PluginError(f"{path} has no section #{anchor}.")
+    folder = "" if "/" not in path else f"{path.rpartition('/')[0]}/"
+    text = _PICTURE.sub(rf"\1{folder}", text)
+    return _LINK.sub(lambda link: link_from_docs(link[1], link[2]), text)
+
+
+def below(path: str, anchor: str | None) -> list[str]:
+    """The lines below the heading of this anchor, or below the title, up to the next heading of its level."""
+    level, kept, fenced = 0, [], False
     for line in (ROOT / path).read_text().splitlines():
         fenced ^= line.startswith("```")
         heading = None if fenced else re.match(r"(#+) (.+)", line)
@@ -51,11 +60,9 @@ def section(path: str, anchor: str | None) -> str:
             break
         if level:
             kept.append(line)
-        elif heading and wanted in (None, slug(heading[2])):
+        elif heading and (anchor is None or slug(heading[2]) == anchor):
             level = len(heading[1])
-    if not kept:
-        raise PluginError(f"{path} has no section #{anchor}.")
-    return _LINK.sub(lambda link: link_from_docs(link[1], link[2]), "\n".join(kept).strip())
+    return kept
 
 
 def slug(title: str) -> str:

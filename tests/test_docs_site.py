@@ -84,6 +84,12 @@ def test_pictures_of_benchmarks_are_found(hook: ModuleType) -> None:
     assert markdown(hook, "![a](../benchmarks/results/b.png)") == "![a](benchmarks/results/b.png)"
 
 
+def test_pictures_of_a_page_that_is_shown_are_found(hook: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "README.md").write_text("# B\n![a](results/b.png)\n")
+    assert markdown(hook, "[B](../benchmarks/README.md)") == "![a](benchmarks/results/b.png)"
+
+
 def test_links_of_a_page_in_a_folder_stay(hook: ModuleType) -> None:
     assert markdown(hook, "see [a](../a.md)", "api/b.md") == "see [a](../a.md)"
 
