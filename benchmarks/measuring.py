@@ -90,6 +90,7 @@ def machine(device: str) -> Row:
         "cpu": names[0].split(":")[1].strip() if names else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 1),  # of the last minute: what else ran shows in it
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": commit.stdout.strip() or "unknown",

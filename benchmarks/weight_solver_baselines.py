@@ -1,15 +1,20 @@
-"""The alternatives to an exact solve: bisection on the dual in torch, and a general convex solver."""
+"""The alternatives to an exact solve: bisection on the dual in torch (as fast-dro does, from arXiv 2010.05893),
+scipy's root finding, entmax's sparsemax, and a general convex solver."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from robustgrad import KL, AmbiguitySet, ChiSquare, CVaR, TotalVariation
 
+Array = NDArray[np.float64]
 STEPS = 36  # 2^-36 of the bracket: ratios good to about 1e-10.
 
 
@@ -99,6 +104,62 @@ def kl_ball(drop: Tensor, rho: float) -> Tensor:
 
     tilted = (drop * halve(far, low.log(), high.log()).exp()).exp()
     return torch.where(left > 0, tilted / tilted.mean(-1, keepdim=True), best / mass)
+
+
+def root_finding(ambiguity: AmbiguitySet, losses: Tensor) -> Tensor | None:
+    """Ratios of one row by Brent's method on its dual equation, in numpy; None where there is none to solve."""
+    x = losses.double().numpy()
+    match ambiguity:
+        case ChiSquare(penalty=None, radius=rho):
+            return torch.from_numpy(_brent_chi_square_ball(x, rho))
+        case ChiSquare(penalty=price):
+            tau = _brent(lambda tau: np.maximum(x - tau, 0).mean() - price, x.mean() - price, x.max())
+            return torch.from_numpy(np.maximum(x - tau, 0) / price)
+        case KL(temperature=None, radius=rho):
+            return torch.from_numpy(_brent_kl_ball(x - x.max(), rho))
+    return None
+
+
+def _brent(function: Callable[[float], float], low: float, high: float) -> float:
+    from scipy.optimize import brentq
+
+    return float(brentq(function, low, high, xtol=1e-13, rtol=1e-13))
+
+
+def _brent_chi_square_ball(x: Array, rho: float) -> Array:
+    low, high = x.mean() - 2 * np.sqrt(x.var() / rho) - np.ptp(x), x.max() - 1e-9 * np.ptp(x)
+
+    def excess(eta: float) -> float:
+        above = np.maximum(x - eta, 0)
+        return float((above**2).mean() / above.mean() ** 2 - 1 - 2 * rho)
+
+    above = np.maximum(x - (_brent(excess, low, high) if excess(high) > 0 else high), 0)
+    return above / above.mean()
+
+
+def _brent_kl_ball(drop: Array, rho: float) -> Array:
+    def tilted(theta: float) -> Array:
+        weight = np.exp(theta * drop)
+        return weight / weight.mean()
+
+    def excess(log_theta: float) -> float:
+        ratio = tilted(np.exp(log_theta))
+        return float((ratio * np.log(np.maximum(ratio, 1e-300))).mean() - rho)
+
+    low = 0.5 * np.log(8 * rho) - np.log(np.ptp(drop))
+    high = np.log(800 / -drop[drop < 0].max())
+    return tilted(np.exp(_brent(excess, low, high) if excess(high) > 0 else high))
+
+
+def sparsemax(ambiguity: AmbiguitySet, losses: Tensor) -> Tensor | None:
+    """Ratios by entmax, whose sparsemax is the worst case under a chi-square penalty, if it is installed."""
+    if not isinstance(ambiguity, ChiSquare) or ambiguity.penalty is None or not find_spec("entmax"):
+        return None
+    import entmax
+
+    n = losses.shape[-1]
+    found: Tensor = entmax.sparsemax(losses.double() / (n * ambiguity.penalty), dim=-1)
+    return found * n
 
 
 def convex_program(ambiguity: AmbiguitySet, n: int) -> Callable[[Tensor], Tensor]:

@@ -2,9 +2,10 @@
 
     python benchmarks/weight_solver_throughput.py [--quick] [--device cuda] [--out benchmarks/results]
 
-Per ambiguity set and problem size: the exact solve, bisection on the dual at equal accuracy, a convex
-solver whose problem was built beforehand, and the bare `sort` and `mean` of the same losses. All of them
-run interleaved in the same rounds; a time is the median over rounds. Writes a CSV and a picture.
+Per ambiguity set and problem size: the exact solve, bisection on the dual at equal accuracy, scipy's root
+finding (one row, CPU), entmax's sparsemax (chi-square penalty, where installed), a convex solver whose problem
+was built beforehand, and the bare `sort` and `mean` of the same losses. All of them run interleaved in the same
+rounds; a time is the median over rounds. Writes a CSV and a picture.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 from measuring import Row, interleaved, machine, peak_memory, print_table, write_csv
 from torch import Tensor
-from weight_solver_baselines import bisection, convex_program
+from weight_solver_baselines import bisection, convex_program, root_finding, sparsemax
 
 from robustgrad import KL, AmbiguitySet, ChiSquare, CVaR, TotalVariation
 
@@ -35,7 +36,7 @@ SETS: list[AmbiguitySet] = [
 PROBLEMS = [(1, 8), (1, 64), (1, 512), (1, 4096), (1, 65536), (1, 2**20), (64, 64), (4096, 64)]
 QUICK = [(1, 8), (1, 512), (64, 64)]
 CONVEX_LIMIT = 4096
-COLORS = {"exact": "C3", "bisection": "C0", "cvxpy": "C1", "sort": "C2", "mean": "C7"}
+COLORS = {"exact": "C3", "bisection": "C0", "scipy": "C4", "entmax": "C5", "cvxpy": "C1", "sort": "C2", "mean": "C7"}
 
 
 def measure(ambiguity: AmbiguitySet, rows: int, n: int, rounds: int, device: str) -> Row:
@@ -53,9 +54,12 @@ def measure(ambiguity: AmbiguitySet, rows: int, n: int, rounds: int, device: str
     }
     # Accuracy without the rounding of the answer to float32.
     ratio, found = ambiguity.solve(losses.double()).ratio.cpu(), {}
-    halved = bisection(ambiguity, losses)
-    if halved is not None:
-        runs["bisection"], found["bisection"] = lambda: bisection(ambiguity, losses), halved.cpu()
+    for name, other in {"bisection": bisection, "scipy": root_finding, "entmax": sparsemax}.items():
+        if name == "scipy" and (rows > 1 or device != "cpu"):
+            continue
+        answer = other(ambiguity, losses)
+        if answer is not None:
+            runs[name], found[name] = (lambda other=other: other(ambiguity, losses)), answer.cpu()
     gave_up = False
     if rows == 1 and n <= CONVEX_LIMIT and find_spec("cvxpy"):
         program = convex_program(ambiguity, n)
@@ -74,7 +78,7 @@ def measure(ambiguity: AmbiguitySet, rows: int, n: int, rounds: int, device: str
         "bisection_times": round(spent["bisection"] / spent["exact"], 1) if "bisection" in spent else None,
         "cvxpy_times": round(spent["cvxpy"] / spent["exact"], 1) if "cvxpy" in spent else None,
         **{f"ratio_error_{k}": float(f"{(ratio - found[k]).abs().max():.1e}") if k in found else None
-           for k in ("bisection", "cvxpy")},
+           for k in ("bisection", "scipy", "entmax", "cvxpy")},
         "peak_bytes_per_loss": round(peak_memory(exact, device) / losses.numel(), 1),
     }  # fmt: skip
 
@@ -91,7 +95,8 @@ def attempt(program: Callable[[Tensor], Tensor], losses: Tensor) -> Tensor | Non
 
 def show(rows: list[Row], about: Row) -> None:
     heads = ["set", "rows", "n", *(f"{name}_us" for name in COLORS), "problems_per_s", "bisection_times",
-             "cvxpy_times", "ratio_error_bisection", "ratio_error_cvxpy", "peak_bytes_per_loss"]  # fmt: skip
+             "cvxpy_times", "ratio_error_bisection", "ratio_error_scipy", "ratio_error_entmax", "ratio_error_cvxpy",
+             "peak_bytes_per_loss"]  # fmt: skip
     print_table(rows, heads, about)
 
 

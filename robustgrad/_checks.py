@@ -111,12 +111,20 @@ def boolean_mask(mask: Tensor, losses: Tensor) -> None:
         raise TypeError(f"mask must be bool (True where the entry is real), got {mask.dtype}. Use mask.bool().")
 
 
+def readable(tensor: Tensor) -> bool:
+    """Whether code may look at the values and choose its way: on the CPU that waits for nothing, but it would
+    break a trace in two, and under vmap there are many values in the place of one."""
+    if not tensor.is_cpu or torch.compiler.is_compiling():
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
 def base_weights(base: Tensor, losses: Tensor) -> None:
     """Shape and type always; the values where reading them costs no device sync."""
     fits("base", base, losses)
     floating("base", base)
     # On an accelerator the values stay unread: rows with a bad base come out as NaN instead.
-    if base.device.type != "cpu" or torch.compiler.is_compiling():
+    if not readable(base):
         return
     if not bool(((base >= 0) & (base < math.inf)).all()):
         raise ValueError(

@@ -19,7 +19,7 @@ def attach(losses: Tensor, ratio: Tensor, mask: Tensor | None) -> None:
     ratio = ratio.to(torch.float64 if losses.dtype == torch.float64 else torch.float32)
     keep = None if mask is None else mask.reshape(losses.shape)
     # Asked of the type: asking the node itself would unpack what it saved.
-    saved = hasattr(type(losses.grad_fn), "_saved_result")
+    saved = not torch.compiler.is_compiling() and hasattr(type(losses.grad_fn), "_saved_result")
     hook = _scale(ratio.reshape(losses.shape), keep, saved)
     losses.register_hook(hook)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     setattr(losses, _HOOKED, True)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _checks, _state_checks
+from ._traced import remember, traced_ratio
 from .ambiguity import AmbiguitySet
 from .distributed import Ranks
 from .pools import POOLS, make_pool
@@ -20,6 +21,12 @@ _VERSION = 1
 
 class Ratios:
     """What a `Reweighter` multiplies gradients by, without the gradients: see there."""
+
+    def __new__(cls, *arguments: Any, **options: Any) -> Ratios:
+        # Here, because copies and checkpoints come without a call of __init__.
+        made = super().__new__(cls)
+        remember(made)
+        return made
 
     def __init__(
         self,
@@ -40,9 +47,13 @@ class Ratios:
         self.pool = "batch" if memory == 0 else pool
         self._ranks = Ranks(process_group)
         self._pool = make_pool(self.pool, ambiguity, self._ranks, memory)
-        self.ambiguity = ambiguity if isinstance(ambiguity, AmbiguitySet) else self._pool.schedule
         self._memory, self._survey, self.on_nonfinite = memory, survey, on_nonfinite
         self._nonfinite: Tensor | int = 0
+
+    @property
+    def ambiguity(self) -> AmbiguitySet | Schedule:
+        """The set; of a schedule the copy that runs here."""
+        return self._pool.schedule.given
 
     @property
     def expects_steps(self) -> bool:
@@ -102,6 +113,8 @@ class Ratios:
         units: Unit | None = None,
     ) -> Tensor:
         """Ratio of each loss, in its shape; exactly 0 where masked."""
+        if torch.compiler.is_compiling():
+            return traced_ratio(self, losses, self._pool.surveying, (scores, groups, base, mask), units)
         samples, of_token = samples_of_call(losses, units, scores, groups, base, mask)
         ratio = self._ratio_of(samples)
         ratio = (ratio if of_token is None else ratio[of_token]).reshape(losses.shape)

@@ -8,9 +8,9 @@ import fuzz
 import oracle
 import pytest
 import torch
+from torch import Tensor
 
 from robustgrad.ambiguity import AmbiguitySet, ChiSquare, WorstCase
-from robustgrad.ambiguity._problem import Problem
 
 
 @pytest.mark.parametrize("number", range(60))
@@ -27,14 +27,14 @@ def blocks_under_balls() -> list[fuzz.Block]:
 
 def perturbed(monkeypatch: pytest.MonkeyPatch, error: float) -> None:
     """Solutions that move `error` of the mass from the largest loss to all."""
-    exact = AmbiguitySet._solve
+    exact = AmbiguitySet.solve
 
-    def wrong(self: AmbiguitySet, problem: Problem) -> WorstCase:
-        worst = exact(self, problem)
+    def wrong(self: AmbiguitySet, losses: Tensor, **arguments: Tensor | None) -> WorstCase:
+        worst = exact(self, losses, **arguments)
         ratio = (1 - error) * worst.wide_ratio + error
-        return replace(worst, wide_ratio=problem.finish(ratio))
+        return replace(worst, wide_ratio=worst.problem.finish(ratio))
 
-    monkeypatch.setattr(AmbiguitySet, "_solve", wrong)
+    monkeypatch.setattr(AmbiguitySet, "solve", wrong)
 
 
 def test_a_slightly_timid_adversary_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,7 @@ def test_builds(kind: str, capability: int, variant: str, tmp_path: Path, monkey
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from robustgrad.ambiguity import _triton
+    from robustgrad.ambiguity._triton_rows import solve_rows
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     dtype, weighted, rows, losses, warps = VARIANTS[variant]
@@ -57,7 +57,7 @@ def test_builds(kind: str, capability: int, variant: str, tmp_path: Path, monkey
     types = {"losses": f"*{dtype}", "base": "*fp64", "mask": "*u8", "ratio": "*fp64"}
     types |= dict.fromkeys(("rows", "n", "base_step", "mask_step"), "i32")
     types |= dict.fromkeys(("first", "second", "third", "fourth", "fifth"), "fp64")
-    source = ASTSource(_triton.solve_rows, types | dict.fromkeys(constants, "constexpr"), constants)
+    source = ASTSource(solve_rows, types | dict.fromkeys(constants, "constexpr"), constants)
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
     assert f"sm_{capability}" in built.asm["ptx"] and len(built.asm["cubin"]) > 1000
     if dtype == "fp64" and kind in ("plain", "top", "ball", "price"):  # exp and its kin start in float32
@@ -67,9 +67,9 @@ def test_builds(kind: str, capability: int, variant: str, tmp_path: Path, monkey
 @needs_triton
 def test_numbers_arrive_in_float64() -> None:
     """Triton takes a Python number for float32 where the kernel does not say otherwise."""
-    from robustgrad.ambiguity import _triton
+    from robustgrad.ambiguity._triton_rows import solve_rows
 
-    declared = {p.name: p.annotation_type for p in _triton.solve_rows.params}
+    declared = {p.name: p.annotation_type for p in solve_rows.params}
     assert {declared[name] for name in ("first", "second", "third", "fourth", "fifth")} == {"fp64"}
 
 

@@ -70,34 +70,9 @@ def _shape(losses: Tensor, base: Tensor | None, mask: Tensor | None, kind: str, 
     return torch.empty_like(losses, dtype=torch.float64, memory_format=torch.contiguous_format)
 
 
-def _batched(
-    info: Any,
-    places: tuple[Any, ...],
-    losses: Tensor,
-    base: Tensor | None,
-    mask: Tensor | None,
-    kind: str,
-    numbers: list[float],
-) -> tuple[Tensor, int]:
-    """Under vmap the batch is more rows."""
-    rows = losses.movedim(places[0], 0) if places[0] is not None else losses.expand(info.batch_size, *losses.shape)
-
-    def own(given: Tensor | None, place: int | None) -> Tensor | None:
-        if given is None or (place is None and given.dim() == 1):
-            return given
-        if place is None:
-            return given.expand_as(rows)
-        given = given.movedim(place, 0)
-        between = [1] * (rows.dim() - given.dim())
-        return given.reshape(given.shape[0], *between, *given.shape[1:]).expand_as(rows)
-
-    return torch.ops.robustgrad.worst_ratio(rows, own(base, places[1]), own(mask, places[2]), kind, numbers), 0
-
-
-# An operator of torch: torch.compile, torch.func and CUDA graphs see one call and need not look inside.
-_library = torch.library.Library("robustgrad", "FRAGMENT")
+# An operator of torch: torch.compile sees one call and need not look inside.
+_library: Any = torch.library.Library("robustgrad", "FRAGMENT")  # type: ignore[no-untyped-call]  # torch leaves it untyped
 _library.define("worst_ratio(Tensor losses, Tensor? base, Tensor? mask, str kind, float[] numbers) -> Tensor")
 for _device in ("CUDA", "CPU"):
     _library.impl("worst_ratio", _launch, _device)
 torch.library.register_fake("robustgrad::worst_ratio", _shape, lib=_library)
-torch.library.register_vmap("robustgrad::worst_ratio", _batched, lib=_library)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ._problem import readable
+from .._checks import readable
 from ._sorted import cumsum
 
 _LONG = 1024  # losses in a row from which on a CPU takes the rows one by one rather than sort them

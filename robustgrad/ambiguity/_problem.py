@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from .._checks import readable
 
 # Where a loss of -inf stands, in ranges of the finite losses below the largest: its square fits into float32.
 ABYSS = 2.0**40
@@ -18,12 +19,6 @@ _BELOW_WIDENED = -1e60
 def wide_dtype(device: torch.device) -> torch.dtype:
     """float64, or float32 on the one backend that has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
-
-
-def readable(tensor: Tensor) -> bool:
-    """Whether code may look at the values and choose its way: on the CPU that waits for nothing, but it would
-    break a trace in two."""
-    return tensor.is_cpu and not torch.compiler.is_compiling()
 
 
 def all_equal(weight: Tensor) -> bool:

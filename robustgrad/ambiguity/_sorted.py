@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ._problem import Problem, all_equal, readable
+from .._checks import readable
+from ._problem import Problem, all_equal
 
 _LONG = 2**16  # losses in a row from which on the selection is confined to a part of them
 _SAMPLE = 2**12

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._problem import Problem, readable
+from .._checks import readable
+from ._problem import Problem
 
 # Numbers tried at once while the bracket is narrowed: on a CPU torch computes as many in one thread.
 _GRID_SIZE, _GRID_SIZE_ELSEWHERE = 2**11, 2**18

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import _kernel
 from ._problem import Problem
+from ._transformed import Transformed, transformed
 
 
 class Asked(NamedTuple):
@@ -19,6 +20,10 @@ class Asked(NamedTuple):
     losses: Tensor
     base: Tensor | None
     mask: Tensor | None
+
+    @classmethod
+    def of(cls, losses: Tensor, base: Tensor | None, mask: Tensor | None) -> Asked:
+        return cls(losses.detach(), None if base is None else base.detach(), mask)
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,11 +137,18 @@ class AmbiguitySet(ABC):
 
     def solve_unchecked(self, losses: Tensor, base: Tensor | None = None, mask: Tensor | None = None) -> WorstCase:
         """`solve` for losses, base weights and a mask that were checked before."""
+        if transformed():
+            asked = Asked.of(losses, base, mask)
+            ratio = Transformed.apply(self._wide_ratio, *asked)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            return WorstCase(self, asked, ratio)
         if _kernel.takes(losses) and (recipe := self._recipe()) is not None:
-            asked = Asked(losses.detach(), base if base is None else base.detach(), mask)
+            asked = Asked.of(losses, base, mask)
             return WorstCase(self, asked, _kernel.solve(recipe, *asked))
         problem = Problem.unchecked(losses, base, mask)
         return WorstCase(self, problem, problem.finish(self._worst_case(problem)))
+
+    def _wide_ratio(self, losses: Tensor, base: Tensor | None, mask: Tensor | None) -> Tensor:
+        return self.solve_unchecked(losses, base, mask).wide_ratio
 
     @abstractmethod
     def fit(self, losses: Tensor, weight: Tensor, *, unit: Tensor | float, step_size: Tensor) -> Rule:
