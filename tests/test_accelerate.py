@@ -41,18 +41,10 @@ os._exit(0)  # gloo now and then aborts a process that takes it down in order
 def test_real_samples_are_those_that_gather_for_metrics_keeps(tmp_path: Path) -> None:
     script = tmp_path / "on_ranks.py"
     script.write_text(ON_RANKS)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        script,
-        *"10 16 17 21".split(),
-    ]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    lengths = ["10", "16", "17", "21"]
-    done = subprocess.run([*command, script, *lengths], env=environment, capture_output=True, text=True, timeout=120)
+    command = [*launch, str(script), "10", "16", "17", "21"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
