@@ -108,7 +108,7 @@ def is_number(cell: str | None) -> bool:
 
 def page(results: Results) -> str:
     solver = ["set", "rows", "n", "exact_us", *(f"{name}_us" for name in COMPETITORS), "sort_us", "mean_us"]
-    pool = ["set", "memory", "fit_us", "ratio_1_us", "ratio_8_us", "call_us", "sort_us", "mean_us"]
+    pool = ["set", "memory", "fit_us", "ratio_1_us", "ratio_8_us", "call_us", "sort_us", "mean_us", "call_launches"]
     step = ["model", "method", "step_ms", "times_plain", "low", "high", "memory_times_plain"]
     capture = ["model", "method", "step_ms", "times_plain", "low", "high"]
     scaling = ["how", "ranks", "samples", "mib_per_rank", "collectives", "exchange_ms", "solve_ms"]
@@ -118,7 +118,7 @@ def page(results: Results) -> str:
         targets(results),
         losses(results),
         section("The solve", results, "weight_solver_throughput_cpu", solver, SOLVE),
-        section("The memory pool", results, "memory_pool_cost_cpu", pool),
+        section("The memory pool", results, "memory_pool_cost_cpu", pool, POOL),
         section("A training step", results, "step_overhead", step),
         section("Capture", results, "capture_overhead_cpu", capture),
         section("The gradient penalty", results, "gradient_penalty_cost_cpu", ["loss", "ms", "times_plain"]),
@@ -134,6 +134,10 @@ SOLVE = """Microseconds per call. `bisection` is fast-dro's way, in torch with b
 `scipy` is Brent's root finding; `entmax` its sparsemax; `cvxpy` a problem built beforehand. `sort` and `mean` of
 the same losses solve nothing: they are the yardstick. "-": the competitor does not solve that set, or not many
 rows at once, or is left out at that size because it takes seconds.
+"""
+POOL = """`fit`: once an optimizer step. `ratio`: of one and of eight new losses. `call`: a whole call on one loss, with
+its hook and its share of the commit and fit. `call launches`: the operations of a call that an accelerator would
+launch one by one, counted.
 """
 SCALING = """The exchange of one optimizer step's losses and the exact solve over all of them, chi-square; the last
 column is their share of a step of one second. "On paper" extrapolates the latency and bandwidth of gloo between

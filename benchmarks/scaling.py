@@ -17,14 +17,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from measuring import Row, machine, print_table, write_csv
-from torch.utils._python_dispatch import TorchDispatchMode
+from measuring import Launches, Row, machine, print_table, write_csv
 
 from robustgrad import ChiSquare
 from robustgrad.distributed import Ranks
@@ -35,16 +33,6 @@ ON_PAPER = (8, 64, 256, 1024)
 BYTES = 32  # a sample: score, weight, group, ratio
 AMBIGUITY = ChiSquare(0.5)
 HEADS = ["how", "ranks", "samples", "mib_per_rank", "collectives", "exchange_ms", "solve_ms", "percent_of_1s_step"]
-
-
-class Launches(TorchDispatchMode):
-    """Counts the operations that a GPU would launch: views launch nothing."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += not func.is_view
-        return func(*args, **(kwargs or {}))
 
 
 def seconds_of(run: Callable[[], object], rounds: int) -> float:

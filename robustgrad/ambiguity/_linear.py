@@ -149,7 +149,7 @@ def _eliminate(drop: Tensor, base: Tensor | None, limit: Limit) -> Line:
             edge = -math.inf if too_few else max(edge, min(zero, -_TINY))
             before = moments
             continue
-        found = _line_of(drop, base, keep, limit)
+        found = _line_of(drop, base, keep, moments[0], limit)
         if found.height > 0.0:
             return found
         edge = float(found.least)
@@ -175,10 +175,10 @@ def _zero(moments: list[float], n: int, limit: Limit) -> float:
     return mean - math.sqrt(variance / budget) if budget > 0.0 else -math.inf
 
 
-def _line_of(drop: Tensor, base: Tensor | None, keep: Tensor, limit: Limit) -> Line:
-    """The line of the kept losses, without cancellation; of height 0 if the smallest is not active."""
+def _line_of(drop: Tensor, base: Tensor | None, keep: Tensor, total: float, limit: Limit) -> Line:
+    """The line of the kept losses, of weight `total`, without cancellation; of height 0 if the smallest is not
+    active."""
     n, weight = (len(drop), keep) if base is None else (1, base * keep)
-    total = weight.sum().item()
     mass, rest = total / n, (n - total) / n if base is None else (base - weight).sum().item()
     least = (drop * keep).amin().item()
     rise = drop - least
