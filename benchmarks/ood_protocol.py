@@ -33,30 +33,31 @@ from pair_files import DataError
 
 RESULTS = Path(__file__).parent / "results" / "ood_protocol"
 Job = tuple[int, str]  # the place of a study among all, and a method
-_protocol: Protocol  # of this process
+_given: tuple[object, ...] = ()  # what this process was started with
+_protocol: Protocol
+_studies: list[Study]
 
 
-def start(*arguments: object) -> None:
-    global _protocol
+def start(smoke: bool, *arguments: object) -> None:
+    global _given, _protocol, _studies
+    if _given == (smoke, *arguments):
+        return  # a forked process has it already
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message=".*batch pool of")  # what the pools are compared for
-    _protocol = Protocol(*arguments)
+    _given, _protocol, _studies = (smoke, *arguments), Protocol(*arguments), studies(smoke)
 
 
-def run(job: Job) -> tuple[Job, list[Row]]:
+def run(job: Job) -> list[Row]:
     place, method = job
-    return job, _protocol.run(studies()[place], method)
+    return _protocol.run(_studies[place], method)
 
 
-def done(rows: list[Row]) -> set[tuple[str, str, str]]:
-    return {(json.dumps(row["task"]), row["capacity"], row["method"]) for row in rows}
-
-
-def missing(rows: list[Row], chosen: list[Study]) -> list[Job]:
+def missing(rows: list[Row]) -> list[Job]:
     """Runs that are in no row yet; two studies may ask for the same one."""
-    there, jobs = done(rows), []
-    for place, study in enumerate(chosen):
-        for method in study.methods:
+    there = {(json.dumps(row["task"]), row["capacity"], row["method"]) for row in rows}
+    jobs = []
+    for place, study in enumerate(_studies):
+        for method in study.methods if _protocol.can(study) else ():
             key = (json.dumps(study.about), study.capacity, method)
             if key not in there:
                 there.add(key)
@@ -70,28 +71,33 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the rows (default: %(default)s)")
     parser.add_argument("--cache", type=Path, default=cache_folder(), help="of embeddings (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=400, help="of 64 pairs (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=250, help="of 64 pairs (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default: %(default)s)")
-    parser.add_argument("--smoke", action="store_true", help="two seeds of four steps, every study and method")
+    parser.add_argument("--smoke", action="store_true", help="two seeds of four steps, a few runs of each kind")
     args = parser.parse_args(argv)
     if args.smoke:
         args.seeds, args.steps, args.jobs = 2, 4, 1
-    arguments = (args.data, args.cache, args.seeds, args.steps)
+    arguments = (args.smoke, args.data, args.cache, args.seeds, args.steps)
     try:
         start(*arguments)
     except (DataError, OSError) as problem:
         parser.error(str(problem))
     path = args.out / "runs.jsonl"
-    jobs = missing(read_rows(path), studies())
+    jobs = missing(read_rows(path))
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "about.json").write_text(json.dumps(_protocol.about() | machine("cpu"), indent=1) + "\n")
+    if _protocol.known is None:
+        print("No known tier: it takes two domains, each in train, validation and one evaluation set.")
     print(f"{len(jobs)} runs of {args.seeds} seeds to do", flush=True)
-    with ProcessPoolExecutor(args.jobs, initializer=start, initargs=arguments) as pool:
-        for number, ((place, method), rows) in enumerate(pool.map(run, jobs), start=1):
+    pool = ProcessPoolExecutor(args.jobs, initializer=start, initargs=arguments)
+    try:
+        results = map(run, jobs) if args.jobs == 1 else pool.map(run, jobs)
+        for number, ((place, method), rows) in enumerate(zip(jobs, results, strict=True), start=1):
             append_rows(path, rows)
-            study = studies()[place]
-            seconds = rows[0]["seconds"]
-            print(f"{number} of {len(jobs)}: {study.capacity}, {study.about}, {method}: {seconds} s a seed", flush=True)
+            study, spent = _studies[place], f"{rows[0]['seconds']} s a seed"
+            print(f"{number} of {len(jobs)}: {study.capacity}, {study.about}, {method}: {spent}", flush=True)
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C waits for the runs in progress alone
 
 
 if __name__ == "__main__":

@@ -3,9 +3,8 @@
     python benchmarks/ood_protocol_language.py --data FOLDER --tier known --model minilm [--seeds 3] [--steps 100]
     python benchmarks/ood_protocol_language.py --data FOLDER --tier human --model smollm2 --steps 500
 
-LoRA adapters and a reward head on MiniLM (22M), SmolLM2-135M or any `--model` PATH. A run takes minutes on MiniLM
-and hours on SmolLM2 on a CPU. Runs are JSON lines beside those of `ood_protocol.py`, resumed in the same way; tier C is
-`--tier human` with a model that learns the labels.
+LoRA adapters and a reward head on MiniLM (22M), SmolLM2-135M or any `--model` PATH. Runs are JSON lines beside those
+of `ood_protocol.py`, resumed in the same way; tier C is `--tier human` with a model that learns the labels.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import torch
 from evidence.features import cache_folder
-from evidence.language import Texts, run_language, swapped
+from evidence.language import BATCH, Texts, run_language, swapped
 from evidence.methods import METHODS
 from evidence.protocol import Protocol
 from evidence.runs import append_rows, read_rows
@@ -73,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     study = Study(BASE if args.tier == "known" else None, f"{args.model} LoRA", METHODS)
     task, texts = shortened(protocol.task(study), texts_of(protocol, study), args.most)
     load, path = loader(args), args.out / "language.jsonl"
-    about = {"task": study.about, "capacity": study.capacity, "steps": args.steps, "most": args.most}
+    about = {"task": study.about, "capacity": study.capacity, "steps": args.steps, "batch": BATCH, "most": args.most}
     for seed in protocol.seeds:  # all methods of a seed before the next: what there is can be compared
         for method in args.methods:
             run = about | {"method": method, "seed": seed}

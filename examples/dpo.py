@@ -3,9 +3,11 @@
     python examples/dpo.py --smoke
     python examples/dpo.py --ambiguity chi2 --radius 0.5 --iterate average
     python examples/dpo.py --data train.jsonl.gz --eval test.jsonl --ambiguity wasserstein
+    python examples/dpo.py --baseline gr-dpo --micro-batch 8 --accumulate 1
 
-Algorithm 3 of arXiv 2503.00539 (tv, chi2, kl, cvar) or, with --ambiguity wasserstein, WDPO of arXiv 2502.01930.
-The lines marked `# robustgrad` are what the robust run adds to an ordinary loop.
+Algorithm 3 of arXiv 2503.00539 (tv, chi2, kl, cvar) or, with --ambiguity wasserstein, WDPO of arXiv 2502.01930. With
+--baseline the second run is one of dpo_baselines.py, over each forward pass. The lines marked `# robustgrad` are what
+the robust run adds to an ordinary loop.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from collections.abc import Iterator
 try:
     import torch
     from command_line import positive, settings
+    from dpo_baselines import NAMES, make_baseline
     from lora_policy import (
         PairTokens,
         Policy,
@@ -41,6 +44,7 @@ except ImportError as error:
 def train(
     policy: Policy,
     steps: list[list[PairTokens]],
+    domains: list[str],
     adversary: Adversary,
     args: argparse.Namespace,
     files: RunFiles,
@@ -52,7 +56,10 @@ def train(
         optimizer = robustgrad.RobustOptimizer(optimizer, adversary.ambiguity, pool=args.pool)  # robustgrad
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=len(steps))
     reweighter = getattr(optimizer, "reweighter", None)
-    done = files.start(optimizer=optimizer, schedule=schedule, reweighter=reweighter, iterates=iterates)
+    baseline = getattr(adversary.baseline, "state", None)
+    done = files.start(
+        optimizer=optimizer, schedule=schedule, reweighter=reweighter, iterates=iterates, baseline=baseline
+    )
     yield from files.replay()
     for step, batch in enumerate(steps[done:], start=done + 1):
         step_losses = []
@@ -60,10 +67,15 @@ def train(
             reference = torch.tensor([pair.reference for pair in pairs], device=policy.model.device)
             with embedding_outputs(policy.embedding) as inputs:  # robustgrad
                 chosen, rejected = pair_log_probs(policy, pairs)
-            losses = dpo(chosen, rejected, reference[:, 0], reference[:, 1], beta=args.beta)
+            per_pair = dpo if adversary.baseline is None else adversary.baseline.losses
+            losses = per_pair(chosen, rejected, reference[:, 0], reference[:, 1], beta=args.beta)
             if adversary.ambiguity is not None:
                 optimizer.reweight(losses)  # robustgrad
-            loss = wasserstein_loss(losses, inputs, radius=adversary.wasserstein)  # robustgrad (0: the mean)
+            if adversary.baseline is None:
+                loss = wasserstein_loss(losses, inputs, radius=adversary.wasserstein)  # robustgrad (0: the mean)
+            else:
+                groups = torch.tensor([domains.index(pair.domain) for pair in pairs], device=losses.device)
+                loss = adversary.baseline.total(losses, groups, inputs)
             (loss * len(pairs) / len(batch)).backward()
             step_losses.append(losses.detach())
         torch.nn.utils.clip_grad_norm_(policy.parameters, 1.0)
@@ -88,6 +100,7 @@ def leads(policy: Policy, pairs: list[PairTokens], beta: float) -> Tensor:
 def options() -> argparse.ArgumentParser:
     sets = ("tv", "chi2", "kl", "cvar", "wasserstein")
     parser = make_parser(__doc__, "runs/dpo", sets, steps=40, lr=2e-4)
+    parser.add_argument("--baseline", choices=NAMES, help="compare plain with this instead of a robust run")
     parser.add_argument("--accumulate", type=positive(int), default=2, help="micro-batches (default: %(default)s)")
     parser.add_argument(
         "--beta", type=positive(float), default=0.1, help="pull to the reference (default: %(default)s)"
@@ -101,6 +114,8 @@ def main(argv: list[str] | None = None) -> int:
         args = parse(parser, argv, steps=12)
         robust = Adversary.of(args)
         pairs, evals = load_pairs(args)
+        if args.baseline is not None:
+            robust = Adversary(baseline=make_baseline(args.baseline, [pair.domain for pair in pairs]))
         evals = drawn(evals, args.eval_pairs, args.seed)
         policy = Policy(args.model, args.device, args.seed)
     console = make_console()
@@ -116,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     validation = [pair for part in encoded.values() for pair in part][::4]
 
     def train_with(adversary: Adversary, files: RunFiles, iterates: Iterates) -> Iterator[dict[str, Tensor]]:
-        return train(policy, steps, adversary, args, files, iterates)
+        return train(policy, steps, sorted({pair.domain for pair in pairs}), adversary, args, files, iterates)
 
     def validate() -> float:
         lead = leads(policy, validation, args.beta)

@@ -147,6 +147,7 @@ class PairTokens(NamedTuple):
     chosen: Ids
     rejected: Ids
     reference: tuple[float, float] = (0.0, 0.0)
+    domain: str = ""
 
 
 def encode_pairs(policy: Policy, pairs: Sequence[Pair], max_length: int) -> list[PairTokens]:
@@ -154,9 +155,9 @@ def encode_pairs(policy: Policy, pairs: Sequence[Pair], max_length: int) -> list
     prompts = policy.encode([policy.prompt(pair.prompt) for pair in pairs])
     chosen, rejected = policy.encode([p.chosen for p in pairs]), policy.encode([p.rejected for p in pairs])
     encoded = []
-    for prompt, *responses in zip(prompts, chosen, rejected, strict=True):
+    for pair, prompt, *responses in zip(pairs, prompts, chosen, rejected, strict=True):
         cut = [[*response, policy.end][: max_length // 2] for response in responses]
-        encoded.append(PairTokens(prompt[-(max_length - max(map(len, cut))) :], *cut))
+        encoded.append(PairTokens(prompt[-(max_length - max(map(len, cut))) :], *cut, domain=pair.domain))
     return encoded
 
 

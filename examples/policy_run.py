@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from command_line import SETS, device, positive, read_settings, settings
@@ -26,10 +27,11 @@ WASSERSTEIN_RADIUS = 0.05
 
 @dataclass(frozen=True)
 class Adversary:
-    """An ambiguity set over samples, or a Wasserstein ball over inputs, or (the plain run) none."""
+    """An ambiguity set over samples, a Wasserstein ball over inputs, a baseline, or (the plain run) none."""
 
     ambiguity: robustgrad.AmbiguitySet | None = None
     wasserstein: float = 0.0
+    baseline: Any = None  # as the example takes it
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Adversary:
@@ -44,6 +46,8 @@ class Adversary:
         return cls(make_set(default if radius is None else radius))
 
     def __str__(self) -> str:
+        if self.baseline is not None:
+            return str(self.baseline)
         return f"Wasserstein({self.wasserstein:g})" if self.wasserstein else repr(self.ambiguity or "plain")
 
 

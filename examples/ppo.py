@@ -21,6 +21,7 @@ from collections.abc import Iterator
 try:
     import torch
     from command_line import positive
+    from difficulty_gdro import DifficultyGDRO
     from lora_policy import Policy, Responses
     from policy_run import Adversary, Iterates, RunFiles, compare_rewards, make_parser, parse, wrong_use_ends
     from rollouts import Rollout, Task, add_rollout_options
@@ -29,7 +30,7 @@ try:
     from robustgrad import Reweighter
     from robustgrad.objectives import clipped_surrogate, kl_estimate, sequence_mean, sequence_sum, token_log_probs
     from robustgrad.objectives import value_loss as critic_loss
-    from robustgrad.robust_ppo import RobustPPO, prompt_ratio, prompt_scores
+    from robustgrad.robust_ppo import RobustPPO, prompt_scores
 except ImportError as error:
     raise SystemExit(f'{error}\nInstall what this example needs: pip install "robustgrad[hf,plot]"') from None
 
@@ -46,9 +47,14 @@ class Experience:
     """A rollout with what the update needs to know of it, all fixed."""
 
     def __init__(
-        self, policy: Policy, critic: nn.Module, rollout: Rollout, ppo: RobustPPO, reweighter: Reweighter | None,
+        self,
+        policy: Policy,
+        critic: nn.Module,
+        rollout: Rollout,
+        ppo: RobustPPO,
+        reweighter: Reweighter | DifficultyGDRO | None,
         args: argparse.Namespace,
-    ) -> None:  # fmt: skip
+    ) -> None:
         mask, rewards = rollout.mask, rollout.rewards
         with torch.no_grad():
             self.log_probs, self.values = log_probs_and_values(policy, critic, rollout.batch)
@@ -59,7 +65,7 @@ class Experience:
         if reweighter is not None:
             inside = {"kl": self.kl, "beta": args.beta} if args.kl_in_score else {}
             scores = prompt_scores(rewards, **inside)
-            self.ratio = prompt_ratio(scores, reweighter, groups=rollout.groups)  # robustgrad
+            self.ratio = reweighter.ratio(scores, groups=rollout.groups)  # robustgrad
         self.advantages, self.returns = ppo.rollout(rewards, args.beta * kl, self.values, mask, self.ratio)
         self.batch, self.mask = rollout.batch, mask
 
@@ -78,7 +84,7 @@ def train(
     """One rollout and its update for each step."""
     policy, args = task.policy, task.args
     ppo = RobustPPO(args.version, scaled=args.scaled, critic_targets=args.critic_targets, kl_inside=args.kl_inside)
-    reweighter = None
+    reweighter = adversary.baseline
     if adversary.ambiguity is not None:
         reweighter = Reweighter(adversary.ambiguity, pool=args.pool)  # robustgrad
     groups = [{"params": policy.parameters}, {"params": critic.parameters(), "lr": 10 * args.lr}]
@@ -115,6 +121,8 @@ def options() -> argparse.ArgumentParser:
     add("--kl-inside", action="store_true", help="version A with rewards: the KL penalty is scaled too")
     add("--kl-in-score", action="store_true", help="the adversary sees reward - beta KL")
     add("--beta", type=positive(float), default=0.02, help="price of the KL (default: %(default)s)")
+    add("--prompt-gdro", action="store_true", help="compare plain with Prompt-GDRO instead of a robust run")
+    add("--solved", type=float, default=0.5, help="reward that solves a prompt, for it (default: %(default)s)")
     add("--epochs", type=positive(int), default=2, help="updates for each rollout (default: %(default)s)")
     return parser
 
@@ -123,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = options()
     with wrong_use_ends(parser):
         args = parse(parser, argv, steps=4, prompts=4, new_tokens=6)
-        robust = Adversary.of(args)
+        robust = Adversary(baseline=DifficultyGDRO(args.solved)) if args.prompt_gdro else Adversary.of(args)
         RobustPPO(args.version, scaled=args.scaled, critic_targets=args.critic_targets, kl_inside=args.kl_inside)
         task = Task.load(args)
     critic = nn.Linear(task.policy.embedding.weight.shape[1], 1).to(args.device)

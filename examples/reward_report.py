@@ -1,4 +1,4 @@
-"""What two reward models make of the same evaluation pairs: tables, a plot and a JSON file."""
+"""What two reward models make of the same evaluation pairs: tables, a plot, a page and a JSON file."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from robustgrad import TotalVariation
 from robustgrad.objectives import bradley_terry
-
-SHIFTS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+from robustgrad.report import Evaluation, Report, save_page, shift_table
+from robustgrad.report import report as robust_report
 
 
 def make_console() -> Console:
@@ -74,20 +73,26 @@ def _right(lead: Tensor) -> Tensor:
     return (lead > 0).float() + (lead == 0).float() / 2
 
 
-def shift_curve(evals: dict[str, list[Pair]], shares: dict[str, float], run: Run) -> list[float]:
-    """Expected loss if the worst possible share rho of the prompts changes, for each rho in SHIFTS.
+def shift_report(evals: dict[str, list[Pair]], shares: dict[str, float], runs: list[Run]) -> Report:
+    """What a shift of the prompts costs each run.
 
     The population are the evaluation pairs from domains seen in training, weighted to their training
     shares; if there are none, all evaluation pairs.
     """
-    domains = [pair.domain for pairs in evals.values() for pair in pairs]
-    lead = torch.cat([run.leads[name] for name in evals])
-    counts = Counter(domains)
-    base = torch.tensor([shares.get(domain, 0.0) / counts[domain] for domain in domains])
+    pairs = [pair for part in evals.values() for pair in part]
+    counts = Counter(pair.domain for pair in pairs)
+    base = torch.tensor([shares.get(pair.domain, 0.0) / counts[pair.domain] for pair in pairs])
     if not base.any():
         base = torch.ones_like(base)
-    losses = bradley_terry(lead, torch.zeros_like(lead))
-    return [TotalVariation(rho).solve(losses, base=base).value.item() for rho in SHIFTS]
+    texts = [f"{pair.prompt}\n+ {pair.chosen}\n- {pair.rejected}" for pair in pairs]
+    groups = [pair.domain for pair in pairs]
+
+    def evaluation(run: Run) -> Evaluation:
+        lead = torch.cat([run.leads[name] for name in evals])
+        losses = bradley_terry(lead, torch.zeros_like(lead))
+        return Evaluation(losses, run.name, groups=groups, texts=texts, base=base)
+
+    return robust_report(*map(evaluation, runs))
 
 
 def report(
@@ -98,23 +103,27 @@ def report(
     evals: dict[str, list[Pair]],
     settings: dict[str, object],
 ) -> None:
-    """Print the tables; write results.json and, where matplotlib is installed, results.png into `out`."""
+    """Print the tables; write results.json and, where matplotlib is installed, results.png and report.html."""
     shares = {domain: count / len(training) for domain, count in Counter(p.domain for p in training).most_common()}
+    found = shift_report(evals, shares, runs)
     results = {
         "settings": settings,
         "training_shares": shares,
         "domains": domain_rows(evals, shares, runs),
-        "shift_curve": {"rho": SHIFTS, **{run.name: shift_curve(evals, shares, run) for run in runs}},
+        "shift_curve": {"rho": found.models[0].curve.shares, **{m.name: m.curve.values for m in found.models}},
         "runs": {run.name: {"seconds": run.seconds, "history": run.history} for run in runs},
     }
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print_domains(console, results["domains"], runs)
-    print_shift(console, results["shift_curve"], runs)
+    console.print(shift_table(found))
+    for caution in found.cautions:
+        console.print(caution)
     print_training(console, runs)
     saved = [*(f"{run.name}/" for run in runs), "results.json"]
     try:
-        save_plot(out / "results.png", results, runs)
-        saved.append("results.png")
+        save_plot(out / "results.png", results["domains"], runs)
+        save_page(found, out / "report.html")
+        saved += ["results.png", "report.html"]
     except ImportError:
         console.print('No plot: matplotlib is missing. Install it: pip install "robustgrad[plot]"')
     console.print(f"Saved in {out}: {', '.join(saved)}", soft_wrap=True)
@@ -141,15 +150,6 @@ def print_domains(console: Console, rows: list[dict], runs: list[Run]) -> None:
     console.print(table)
 
 
-def print_shift(console: Console, curve: dict[str, list[float]], runs: list[Run]) -> None:
-    table = Table("if this share of the prompts changes", title="Expected loss, worst case")
-    for rho in curve["rho"]:
-        table.add_column(f"{rho:.0%}", justify="right")
-    for run in runs:
-        table.add_row(run.name, *(f"{value:.3f}" for value in curve[run.name]))
-    console.print(table)
-
-
 def print_training(console: Console, runs: list[Run], rows: int = 8) -> None:
     table = Table("steps", title="During training, mean over the steps")
     columns = [(run, key) for run in runs for key in run.history]
@@ -163,30 +163,27 @@ def print_training(console: Console, runs: list[Run], rows: int = 8) -> None:
     console.print(table)
 
 
-def save_plot(path: Path, results: dict, runs: list[Run]) -> None:
-    """Accuracy by domain, the shift curve, and ess and max ratio over training, in one picture."""
+def save_plot(path: Path, rows: list[dict], runs: list[Run]) -> None:
+    """Accuracy by domain, and ess and max ratio over training, in one picture."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = results["domains"]
-    figure, (accuracy, shift, weights) = plt.subplots(1, 3, figsize=(16, 2.4 + 0.25 * max(len(rows), 8)))
+    figure, (accuracy, weights) = plt.subplots(1, 2, figsize=(11, 2.4 + 0.25 * max(len(rows), 8)))
     for i, run in enumerate(runs):
         height = 0.8 / len(runs)
         places = [row + i * height for row in range(len(rows))]
         accuracy.barh(places, [row[run.name]["accuracy"] for row in rows], height, label=run.name)
-        shift.plot(SHIFTS, results["shift_curve"][run.name], marker="o", label=run.name)
     accuracy.set_yticks(range(len(rows)), [f"{row['set']}: {row['domain']}" for row in rows])
     accuracy.invert_yaxis()
     accuracy.axvline(0.5, color="grey", linewidth=0.8)
     accuracy.set(xlim=(0, 1), xlabel="accuracy")
-    shift.set(xlabel="share of the prompts that changes", ylabel="expected loss, worst case")
     for key in ("ess", "max ratio"):
         if key in runs[-1].history:
             weights.plot(runs[-1].history[key], label=key)
     weights.set(xlabel="optimizer step", yscale="log", title=f"weights of the {runs[-1].name} run")
-    for axes in (accuracy, shift, weights):
+    for axes in (accuracy, weights):
         if axes.get_legend_handles_labels()[0]:
             axes.legend()
     figure.tight_layout()

@@ -12,6 +12,8 @@ from lora_scorer import loading, saved_scorer
 from preference_pairs import DOMAINS
 from torch import Tensor
 
+from robustgrad.baselines import pessimistic_rewards
+
 COURTEOUS = ("thank", "please", "happy", "glad", "sorry", "welcome", "hope", "help", "sure", "appreciate")
 POLITE = {domain.name for domain in DOMAINS if domain.polite_wins}
 LONGEST = 1024  # tokens that a reward model reads
@@ -118,6 +120,17 @@ class ModelReward:
         return list(self.model.config.id2label.values())
 
 
+class EnsembleReward:
+    """The worst case over several reward models under a KL penalty, arXiv 2606.09073."""
+
+    def __init__(self, members: Sequence[Reward], temperature: float) -> None:
+        self.members, self.temperature = members, temperature
+
+    def __call__(self, prompts: Sequence[str], domains: Sequence[str], responses: Sequence[str]) -> Tensor:
+        rewards = torch.stack([member(prompts, domains, responses) for member in self.members])
+        return pessimistic_rewards(rewards, temperature=self.temperature)
+
+
 def label_factor(text: str) -> tuple[str, float]:
     """LABEL, or LABEL=FACTOR."""
     label, _, factor = text.partition("=")
@@ -126,14 +139,22 @@ def label_factor(text: str) -> tuple[str, float]:
 
 def add_reward_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--reward-model", metavar="NAME", help="a folder of reward_model.py, or any classifier (default: a rule)")
+    add(
+        "--reward-model",
+        nargs="+",
+        metavar="NAME",
+        help="folder of reward_model.py, or any classifier; several: the worst",
+    )
+    add("--ensemble-temperature", type=float, default=1.0, help="of the worst of several, in units of the reward")
     add("--reward-label", type=label_factor, nargs="+", metavar="LABEL[=FACTOR]", help="its outputs that count")
     add("--trust-remote-code", action="store_true", help="run the code that the reward model brings")
 
 
 def load_reward(args: argparse.Namespace) -> Reward:
     if args.reward_model is not None:
-        return ModelReward(args.reward_model, dict(args.reward_label or ()), args.device, args.trust_remote_code)
+        labels = dict(args.reward_label or ())
+        members = [ModelReward(name, labels, args.device, args.trust_remote_code) for name in args.reward_model]
+        return members[0] if len(members) == 1 else EnsembleReward(members, args.ensemble_temperature)
     if args.reward_label or args.trust_remote_code:
         raise ValueError("--reward-model must be given with --reward-label and --trust-remote-code. Name the model.")
     return rule_reward

@@ -55,7 +55,7 @@ def largest(start: AmbiguitySet, within: Callable[[AmbiguitySet], bool], steps: 
     if within(resized(start, high)):
         return resized(start, high)
     for _ in range(steps):
-        middle = (low + high) / 2 if low > 0 or high < 1e-12 else high / 2
+        middle = (low + high) / 2
         if middle in (low, high) or math.isclose(low, high, rel_tol=1e-9):
             break
         low, high = (middle, high) if within(resized(start, middle)) else (low, middle)

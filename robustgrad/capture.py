@@ -11,12 +11,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
+from torch.compiler import is_compiling
 from torch.overrides import TorchFunctionMode
 
 from . import _checks
 from ._attribution import check_complete, check_loss, of_samples, split, tied
 from ._graph import Node, ancestors, feeding
 from ._reductions import WATCHED, Reduction, record
+
+_SPECIAL = WATCHED | {Tensor.backward}
 
 
 class Capture(TorchFunctionMode):
@@ -91,19 +94,26 @@ class Capture(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        # Paid for every call of a forward pass: nothing here that only some of them need.
         # A compiled function runs without us: what it reduces inside, nobody sees, and that is an error later.
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return func(*args, **kwargs)
-        if func in WATCHED:
-            out, reduction = record(func, args, kwargs)
-            self._reductions += [] if reduction is None else [reduction]
+        if is_compiling():
+            return func(*args, **(kwargs or {}))
+        if func in _SPECIAL:
+            out = self._special(func, args, kwargs or {})
         else:
-            if func is Tensor.backward:
-                self(args[0])
-            out = func(*args, **kwargs)
-        if type(out) is Tensor and out.dim() == 0 and out.requires_grad and out.grad_fn is not None:
+            out = func(*args, **kwargs) if kwargs else func(*args)
+        if type(out) is Tensor and out.dim() == 0 and out.grad_fn is not None:
             self._scalars.append(weakref.ref(out))
+        return out
+
+    def _special(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        if func is Tensor.backward:
+            self(args[0])
+            return func(*args, **kwargs)
+        out, reduction = record(func, args, kwargs)
+        self._reductions += [] if reduction is None else [reduction]
         return out
 
     def keep(self, term: Tensor) -> Tensor:

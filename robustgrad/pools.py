@@ -12,7 +12,7 @@ from .window import WindowPool
 POOLS = ("memory", "window", "batch")
 
 
-def make_pool(name: str, ambiguity: AmbiguitySet | Schedule | Schedule, ranks: Ranks, memory: int | None) -> Pool:
+def make_pool(name: str, ambiguity: AmbiguitySet | Schedule, ranks: Ranks, memory: int | None) -> Pool:
     if name == "memory":
         return MemoryPool(ambiguity, ranks, memory)
     return WindowPool(ambiguity, ranks) if name == "window" else BatchPool(ambiguity, ranks)

@@ -47,9 +47,13 @@ class Ratios:
         self.pool = "batch" if memory == 0 else pool
         self._ranks = Ranks(process_group)
         self._pool = make_pool(self.pool, ambiguity, self._ranks, memory)
-        self.ambiguity = ambiguity if isinstance(ambiguity, AmbiguitySet) else self._pool.schedule
         self._memory, self._survey, self.on_nonfinite = memory, survey, on_nonfinite
         self._nonfinite: Tensor | int = 0
+
+    @property
+    def ambiguity(self) -> AmbiguitySet | Schedule:
+        """The set; of a schedule the copy that runs here."""
+        return self._pool.schedule.given
 
     @property
     def expects_steps(self) -> bool:

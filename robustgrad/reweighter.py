@@ -76,7 +76,7 @@ class Reweighter(Ratios):
 
         Args:
             losses: (n,) or (n, 1) floating, one loss per sample, with a gradient; (b, t) with `units`.
-            (0,) for a rank that has no samples.
+                (0,) for a rank that has no samples.
             scores: (n,) floating, what the adversary maximises when it is not the loss, higher is worse:
                 for policy optimisation minus the reward. Detached.
             groups: (n,) integer ids of domains or prompts: the worst case is over the means of groups. An id

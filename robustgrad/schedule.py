@@ -25,6 +25,11 @@ class Schedule(ABC):
     def current(self) -> AmbiguitySet:
         """The set of the present step: it changes in `advance` only, never within a step."""
 
+    @property
+    def given(self) -> AmbiguitySet | Schedule:
+        """What the user configured."""
+        return self
+
     @abstractmethod
     def advance(self) -> None:
         """The next optimizer step begins."""
@@ -47,6 +52,10 @@ class Constant(Schedule):
 
     @property
     def current(self) -> AmbiguitySet:
+        return self._ambiguity
+
+    @property
+    def given(self) -> AmbiguitySet:
         return self._ambiguity
 
     def advance(self) -> None:
@@ -92,7 +101,7 @@ class WarmUp(Schedule):
         return {"step": self._step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._step = _state_checks.part(state, "step", int)
+        self._step = min(max(_state_checks.part(state, "step", int), 0), self.steps)
 
 
 @dataclass
@@ -158,9 +167,13 @@ class Adaptive(Schedule):
         return {"share": self.share, "used": self._used, "best": self._best}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.share, self._used, self._best = (
-            _state_checks.part(state, name, float) for name in ("share", "used", "best")
-        )
+        shares = {name: _state_checks.part(state, name, float) for name in ("share", "used")}
+        for name, share in shares.items():
+            _checks.number(name, share, 0.0, 1.0, "Load an earlier checkpoint.")
+        self.share, self._used = shares["share"], shares["used"]
+        self._best = _state_checks.part(state, "best", float)
+        if math.isnan(self._best):
+            raise TypeError("best must be a number, got nan")
 
 
 def _share(ambiguity: AmbiguitySet, share: float) -> AmbiguitySet:

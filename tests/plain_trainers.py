@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from peft import TaskType, get_peft_model
 from torch import Tensor, nn
-from trainer_steps import N, Row, counted
+from trainer_steps import N, Row, counted, gradient, steps
 from transformers import Trainer, TrainingArguments
 
 LENGTH, LABELS = 6, 3
@@ -54,3 +54,16 @@ def loss(kind: str, model: nn.Module, row: Row) -> Tensor:
 def losses(kind: str, trainer: Trainer, rows: Sequence[Row]) -> Tensor:
     each = torch.stack([loss(kind, trainer.model, row) for row in rows])
     return each * len(rows) / counted(trainer, rows) if kind == "tokens" else each
+
+
+def own_scale(kind: str, folder: Path, cut: tuple[int, int]) -> float:
+    """By how much the untouched loop's gradient exceeds that of the mean; ours to keep, not to mend."""
+    trainer = build(folder, kind, cut, learning_rate=0.0)
+    want = gradient(losses(kind, trainer, trainer.train_dataset).mean(), trainer.model)
+    return scale_between(steps(trainer)[0], want)
+
+
+def scale_between(got: Tensor, want: Tensor) -> float:
+    scale = (got.norm() / want.norm()).item()
+    assert tiny.relative_error(got, scale * want) < 1e-5
+    return scale

@@ -8,6 +8,8 @@ import io
 import json
 import math
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -262,7 +264,7 @@ def test_report_options_act(command, tmp_path: Path) -> None:
     assert command("report", before, "--out", page, *options)[0] == 0
     html = page.read_text()
     assert "TotalVariation(radius=0.2, cap=3.0)" in html and "over groups" in html
-    assert "none becoming more than 3.0 times as frequent" in html
+    assert "none becoming more than 3 times as frequent" in html
 
 
 def test_report_leaves_out_of_both_what_is_nonfinite_in_one(command, tmp_path: Path) -> None:
@@ -309,3 +311,30 @@ def test_help_names_the_commands(command) -> None:
 def test_float_output_is_exact(command) -> None:
     _, out, _ = command("weights", stdin=repr(math.pi).encode())
     assert parsed(out)[0]["loss"] == repr(math.pi)
+
+
+# --- its page ---
+
+PAGE = (Path(__file__).parents[1] / "docs" / "command_line.md").read_text()
+
+
+def test_commands_of_the_page_run(command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(re.search(r"```python\n(.*?)```", PAGE, re.DOTALL).group(1), {})
+    lines = "".join(re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)).splitlines()
+    for line in lines:
+        before, _, after = line.rpartition("robustgrad ")
+        code, _, err = command(*shlex.split(after.partition("|")[0]), stdin=piped(before))
+        assert (code, err) == (0, ""), line
+    assert {file.name for file in tmp_path.iterdir()} >= {"curve.png", "before.html", "both.html", "grouped.html"}
+
+
+def piped(before: str) -> bytes:
+    """What comes out of `cat FILE |`."""
+    return Path(before.split()[1]).read_bytes() if before else b""
+
+
+def test_page_names_every_option(command) -> None:
+    for name in ("weights", "check", "report"):
+        for option in set(re.findall(r"--[\w-]+", command(name, "--help")[1])) - {"--help"}:
+            assert option in PAGE, option

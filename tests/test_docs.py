@@ -1,4 +1,4 @@
-"""The code that a reader would copy runs: README blocks in order, and every example in a docstring."""
+"""The code that a reader would copy runs: README blocks in order, those of the pages, every example in a docstring."""
 
 from __future__ import annotations
 
@@ -6,14 +6,21 @@ import doctest
 import importlib
 import pkgutil
 import re
+import warnings
 from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
 
 import pytest
 
 import robustgrad
 
-README = Path(__file__).parent.parent / "README.md"
-MODULES = [m.name for m in pkgutil.walk_packages(robustgrad.__path__, "robustgrad.")]
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+DOCS = ROOT / "docs"
+# These need a whole framework, which their own tests bring; they have no examples to run.
+FRAMEWORKS = {"robustgrad.integrations.verl", "robustgrad.integrations.axolotl"}
+MODULES = [m.name for m in pkgutil.walk_packages(robustgrad.__path__, "robustgrad.") if m.name not in FRAMEWORKS]
 
 
 @pytest.mark.parametrize("name", ["robustgrad", *MODULES])
@@ -26,14 +33,79 @@ def test_the_main_names_have_an_example(name: str) -> None:
     assert ">>>" in getattr(robustgrad, name).__doc__
 
 
-def blocks() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+class Block(NamedTuple):
+    """A Python block and, where it shows a mistake, the message quoted below it."""
+
+    page: Path
+    number: int
+    code: str
+    message: str | None
 
 
-def test_readme_code_runs() -> None:
+def blocks(page: Path) -> list[Block]:
+    fences = r"^```python\n(.*?)^```\n(?:```text\n(\w+(?:Error|Warning): .*?)\n```)?"
+    found = re.findall(fences, page.read_text(), re.MULTILINE | re.DOTALL)
+    return [Block(page, i, code, message or None) for i, (code, message) in enumerate(found)]
+
+
+def run(block: Block, names: dict[str, object]) -> None:
+    exec(compile(block.code, f"{block.page.name}, block {block.number}", "exec"), names)
+
+
+PAGES = [README, *sorted(DOCS.rglob("*.md"))]
+MISTAKES = [block for page in PAGES for block in blocks(page) if block.message]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_code_of_a_page_runs_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # some write files
     names: dict[str, object] = {}
-    for block in blocks():
-        exec(compile(block, str(README), "exec"), names)
+    for block in blocks(page):
+        if block.message is None:
+            run(block, names)
+
+
+@pytest.mark.parametrize("block", MISTAKES, ids=lambda block: f"{block.page.stem}-{block.number}")
+def test_mistakes_give_the_message_quoted(block: Block, tmp_path: Path) -> None:
+    """Each begins afresh, after the first block of its page."""
+    names = trainers(block.code, tmp_path)
+    run(blocks(block.page)[0], names)
+    assert block.message in messages(block, names)
+
+
+def messages(block: Block, names: dict[str, object]) -> list[str]:
+    failed: list[str] = []
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        try:
+            run(block, names)
+        except Exception as error:
+            failed = [f"{type(error).__name__}: {error}"]
+    return failed + [f"{one.category.__name__}: {one.message}" for one in warned]
+
+
+def trainers(code: str, folder: Path) -> dict[str, object]:
+    """The trainers that a block speaks of, of random models."""
+    if "trainer" not in code:
+        return {}
+    pytest.importorskip("trl")
+    import tiny
+    from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+
+    options = tiny.arguments(folder, 2, 1)
+    given = {"processing_class": tiny.tokenizer()}
+    with warnings.catch_warnings(action="ignore"):  # what the libraries say about their own options
+        if "reward_trainer" in code:
+            args = RewardConfig(**options)
+            return {"reward_trainer": RewardTrainer(tiny.classifier(), args, train_dataset=tiny.pairs(), **given)}
+        args = SFTConfig(packing=True, **options)
+        return {"sft_trainer": SFTTrainer(tiny.causal_lm(), args, train_dataset=tiny.sentences(), **given)}
+
+
+def test_there_are_twenty_mistakes() -> None:
+    titles = re.findall(r"^### (\d+)\. ", (DOCS / "mistakes.md").read_text(), re.M)
+    assert titles == [str(i) for i in range(1, 21)]
+    assert len([block for block in MISTAKES if block.page.stem == "mistakes"]) == 20
 
 
 def test_readme_shows_code_early_and_briefly() -> None:
@@ -43,12 +115,53 @@ def test_readme_shows_code_early_and_briefly() -> None:
     assert lines.index("```", start) - start - 1 <= 12
 
 
-def test_readme_commands_exist() -> None:
-    makefile = (README.parent / "Makefile").read_text()
-    for target in re.findall(r"^make (\w+)", README.read_text(), re.MULTILINE):
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_exist(page: Path) -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", page.read_text(), re.MULTILINE):
         assert f"\n{target}:" in makefile, target
 
 
-def test_readme_links_exist() -> None:
-    for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", README.read_text()):
-        assert (README.parent / link).exists(), link
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_exist(page: Path) -> None:
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+        assert (page.parent / link).exists(), link
+
+
+# What users import from; everything else in the package is its inside.
+PUBLIC = [
+    "robustgrad",
+    "robustgrad.baselines",
+    "robustgrad.capture",
+    "robustgrad.gradient_penalty",
+    "robustgrad.npg",
+    "robustgrad.objectives",
+    "robustgrad.prompt_groups",
+    "robustgrad.radius",
+    "robustgrad.report",
+    "robustgrad.robust_ppo",
+    "robustgrad.schedule",
+]
+
+
+def public_names(module: ModuleType) -> set[str]:
+    own = [name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
+    listed = getattr(module, "__all__", [name for name in own if name[0] != "_"])
+    return {f"{module.__name__}.{name}" for name in listed if not name.startswith("__")}
+
+
+def documented() -> list[str]:
+    return [name for page in (DOCS / "api").glob("*.md") for name in re.findall(r"^::: (\S+)", page.read_text(), re.M)]
+
+
+def test_every_public_name_is_on_one_api_page() -> None:
+    listed = [name for name in documented() if ".integrations." not in name]
+    assert len(listed) == len(set(listed))
+    assert set(listed) == set().union(*(public_names(importlib.import_module(name)) for name in PUBLIC))
+
+
+def test_every_integration_is_on_an_api_page() -> None:
+    """Read, not imported: each needs a package of its own."""
+    for path in (ROOT / "robustgrad" / "integrations").glob("[!_]*.py"):
+        public = re.findall(r"^def ([a-z]\w+)\(.*", path.read_text(), re.M)
+        assert any(f"robustgrad.integrations.{path.stem}.{name}" in documented() for name in public), path.stem

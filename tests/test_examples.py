@@ -270,6 +270,8 @@ def test_report_by_hand(example, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert curve[0.4] == pytest.approx(kept + 0.9 * losses[3])
     out = capsys.readouterr().out
     assert "at training shares" in out and "[t]" in out
+    if find_spec("matplotlib") is not None:
+        assert "Who carries the worst case of robust" in (tmp_path / "report.html").read_text()
 
 
 @needs("rich")

@@ -4,89 +4,83 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 pytest.importorskip("trl")
+import experimental_trainers
 import tiny
+from experimental_trainers import SIMPO, build, online, online_losses, simpo, spy
+from peft import TaskType
+from trainer_steps import SET, gradient, steps, worst
+from trl.trainer.base_trainer import _BaseTrainer
 
-from robustgrad import ChiSquare
 from robustgrad.integrations.trl import robustify
 
 pytestmark = [*tiny.OTHERS_WARNINGS, pytest.mark.filterwarnings("ignore")]
-SET = ChiSquare(0.5)
-N = 8
+CUTS = pytest.mark.parametrize("cut", [(8, 1), (2, 4), (1, 8)], ids=str)
 
 
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+@CUTS
+def test_simpo(cut: tuple[int, int], tmp_path: Path) -> None:
+    trainer = build("CPO", tmp_path, *cut, **SIMPO)
+    each = torch.stack([simpo(trainer.model, row) for row in trainer.train_dataset])
+    want = gradient(worst(each), trainer.model)
+    assert tiny.relative_error(steps(robustify(trainer, SET, pool="window"))[0], want) < 1e-5
 
 
-def build(name: str, folder: Path, *cut: int, **options: Any) -> Any:
-    module = importlib.import_module(f"trl.experimental.{name.lower()}")
-    trainer, config = getattr(module, f"{name}Trainer"), getattr(module, f"{name}Config")
-    args = config(**tiny.arguments(folder, *cut, **options))
-    return trainer(model=tiny.causal_lm(), args=args, train_dataset=tiny.pairs(), processing_class=tiny.tokenizer())
+@CUTS
+@pytest.mark.parametrize("name", ["CPO", "ORPO"])
+def test_with_the_likelihood_term(name: str, cut: tuple[int, int], tmp_path: Path) -> None:
+    """It is reduced inside cross_entropy, over the tokens of the micro-batch."""
+    trainer = build(name, tmp_path, *cut)
+    each = experimental_trainers.losses(name, trainer.model, list(trainer.train_dataset), cut[0])
+    want = gradient(worst(each), trainer.model)
+    assert tiny.relative_error(steps(robustify(trainer, SET, pool="window"))[0], want) < 1e-5
 
 
-def completion(model: nn.Module, row: dict[str, Any], name: str) -> Tensor:
-    """Log-probabilities of the labelled tokens, alone and unpadded."""
-    ids, labels = (torch.tensor(row[f"{name}_{what}"]) for what in ("input_ids", "labels"))
-    logp = model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
-    kept = labels[1:] != -100
-    return logp[torch.arange(len(logp)), ids[1:]][kept]
+@pytest.mark.parametrize("name", ["CPO", "ORPO"])
+def test_lora(name: str, tmp_path: Path) -> None:
+    trainer = build(name, tmp_path, 8, 1, peft_config=tiny.lora(TaskType.CAUSAL_LM))
+    each = experimental_trainers.losses(name, trainer.model, list(trainer.train_dataset), 8)
+    want = gradient(worst(each), trainer.model)
+    assert tiny.relative_error(steps(robustify(trainer, SET, pool="window"))[0], want) < 1e-5
 
 
-def expected(trainer: Any, each: Tensor) -> Tensor:
-    grads = torch.autograd.grad((SET.solve(each).weights * each).sum(), tiny.trainable(trainer.model))
-    return torch.cat([grad.flatten() for grad in grads])
+@pytest.mark.parametrize("cut", [(8, 1), (4, 2)], ids=str)
+@pytest.mark.parametrize("groups", [None, "domain"])
+def test_online_dpo(groups: str | None, cut: tuple[int, int], tmp_path: Path) -> None:
+    """Each micro-batch generates its own pairs and sends their losses back inside training_step."""
+    trainer = online(tmp_path, *cut, learning_rate=0.0)
+    seen = spy(trainer)
+    got = steps(robustify(trainer, SET, pool="batch", groups=groups))[0]
+    parts = [online_losses(trainer, batch) for batch in seen]
+    scores = parts if groups is None else [mean_of_domain(part) for part in parts]
+    ratios = [SET.solve(score).ratio for score in scores]
+    # Its loop does not divide by the accumulation; that is its own scale, and stays.
+    total = sum((ratio * part).mean() for ratio, part in zip(ratios, parts, strict=True))
+    assert tiny.relative_error(got, gradient(total, trainer.model)) < 1e-5
+    assert trainer.state.log_history[0]["robust/gap"] > 0
 
 
-def step(trainer: Any) -> Tensor:
-    gradients = tiny.Gradients()
-    trainer.add_callback(gradients)
-    robustify(trainer, SET, pool="window").train()
-    return gradients.steps[0]
+def mean_of_domain(losses: torch.Tensor) -> torch.Tensor:
+    return losses.detach().reshape(-1, 2).mean(0).repeat(len(losses) // 2)
 
 
-@pytest.mark.parametrize(("micro_batch", "accumulation"), [(8, 1), (2, 4), (1, 8)], ids=str)
-def test_simpo(micro_batch: int, accumulation: int, tmp_path: Path) -> None:
-    options = {"loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": 0.5, "beta": 0.1}
-    trainer = build("CPO", tmp_path, micro_batch, accumulation, **options)
-    margins = [
-        completion(trainer.model, row, "chosen").mean() - completion(trainer.model, row, "rejected").mean()
-        for row in trainer.train_dataset
-    ]
-    want = expected(trainer, F.softplus(-0.1 * (torch.stack(margins) - 0.5 / 0.1)))
-    assert tiny.relative_error(step(trainer), want) < 1e-5
-
-
-def test_cpo_with_its_likelihood_term(tmp_path: Path) -> None:
-    """The likelihood is reduced inside cross_entropy, over the tokens of the batch."""
-    trainer = build("CPO", tmp_path, 8, 1, cpo_alpha=1.0, beta=0.1)
-    chosen = [completion(trainer.model, row, "chosen") for row in trainer.train_dataset]
-    rejected = [completion(trainer.model, row, "rejected") for row in trainer.train_dataset]
-    margins = torch.stack([c.sum() - r.sum() for c, r in zip(chosen, rejected, strict=True)])
-    likelihood = torch.stack([-c.sum() for c in chosen]) * N / sum(len(c) for c in chosen)
-    want = expected(trainer, F.softplus(-0.1 * margins) + likelihood)
-    assert tiny.relative_error(step(trainer), want) < 1e-5
-
-
-@pytest.mark.parametrize(("micro_batch", "accumulation"), [(8, 1), (1, 8)], ids=str)
-def test_orpo_makes_up_the_whole_loss(micro_batch: int, accumulation: int, tmp_path: Path) -> None:
-    trainer = build("ORPO", tmp_path, micro_batch, accumulation)
-    robustify(trainer, SET, pool="window").train()
-    log = trainer.state.log_history[0]
-    assert log["robust/mean"] == pytest.approx(log["loss"], rel=1e-5) and log["robust/gap"] > 0
+def test_online_dpo_remembers(tmp_path: Path) -> None:
+    trainer = robustify(online(tmp_path, 1, 8, max_steps=10), SET)
+    trainer.train()
+    assert trainer.state.log_history[8]["robust/plain"] == 0.0 < trainer.state.log_history[8]["robust/gap"]
+    with pytest.raises(ValueError, match=r"generates its samples.*pool=\"memory\""):
+        robustify(online(tmp_path, 1, 8), SET, pool="window")
 
 
 def test_an_unknown_trainer_is_an_error() -> None:
-    module = importlib.import_module("trl.experimental.online_dpo")
-    trainer = object.__new__(module.OnlineDPOTrainer)
-    with pytest.raises(TypeError, match=r"RewardTrainer, DPOTrainer.*got OnlineDPOTrainer"):
-        robustify(trainer, SET)
+    """Also where it is TRL's own subclass of a known one, as its losses are others."""
+    for name in ("tpo.TPO", "gkd.GKD"):
+        module, kind = name.split(".")
+        unknown = getattr(importlib.import_module(f"trl.experimental.{module}"), f"{kind}Trainer")
+        assert issubclass(unknown, _BaseTrainer)
+        with pytest.raises(TypeError, match=rf"RewardTrainer, DPOTrainer.*got {kind}Trainer"):
+            robustify(object.__new__(unknown), SET)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 import tiny
-from plain_trainers import KINDS, build, loss, losses, model, rows
+from plain_trainers import KINDS, build, loss, losses, model, own_scale, rows, scale_between
 from trainer_steps import SET, N, gradient, in_order, remembered, steps, worst
 from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainingArguments
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -30,32 +30,19 @@ def step(trainer: Trainer, **options: Any) -> Tensor:
     return steps(robustify(trainer, SET, pool="window", **options))[0]
 
 
-def own_scale(trainer: Trainer, want: Tensor) -> float:
-    """By how much the untouched loop's gradient exceeds that of the mean; ours to keep, not to mend."""
-    got = steps(trainer)[0]
-    scale = (got.norm() / want.norm()).item()
-    assert tiny.relative_error(got, scale * want) < 1e-5
-    return scale
-
-
-def scale_of(kind: str, folder: Path, cut: tuple[int, int], **changes: Any) -> float:
-    trainer = build(folder, kind, cut, learning_rate=0.0, **changes)
-    return own_scale(trainer, gradient(losses(kind, trainer, trainer.train_dataset).mean(), trainer.model))
-
-
 @CUTS
 @each_kind
 def test_window_is_exact_for_any_cut(kind: str, cut: tuple[int, int], tmp_path: Path) -> None:
     trainer = build(tmp_path, kind, cut)
     want = gradient(worst(losses(kind, trainer, trainer.train_dataset)), trainer.model)
-    assert tiny.relative_error(step(trainer), scale_of(kind, tmp_path, cut) * want) < 1e-5
+    assert tiny.relative_error(step(trainer), own_scale(kind, tmp_path, cut) * want) < 1e-5
 
 
 @each_kind
 def test_lora(kind: str, tmp_path: Path) -> None:
     trainer = build(tmp_path, kind, (2, 4), model=model(kind, adapter=True))
     want = gradient(worst(losses(kind, trainer, trainer.train_dataset)), trainer.model)
-    assert len(want) < 1000 and tiny.relative_error(step(trainer), scale_of(kind, tmp_path, (2, 4)) * want) < 1e-5
+    assert len(want) < 1000 and tiny.relative_error(step(trainer), own_scale(kind, tmp_path, (2, 4)) * want) < 1e-5
 
 
 @each_kind
@@ -66,7 +53,7 @@ def test_memory_follows_losses_handed_over_one_by_one(kind: str, tmp_path: Path)
     parts = [losses(kind, trainers[0], data[i : i + N]) for i in range(0, 10 * N, N)]
     want = remembered(parts, trainers[0].model)
     for cut, trainer in zip(cuts, trainers, strict=True):
-        scale = scale_of(kind, tmp_path, cut)
+        scale = own_scale(kind, tmp_path, cut)
         for got, wanted in zip(steps(robustify(trainer, SET)), want, strict=True):
             assert tiny.relative_error(got, scale * wanted) < 1e-5
         assert trainer.state.log_history[8]["robust/plain"] == 0.0 < trainer.state.log_history[8]["robust/gap"]
@@ -78,7 +65,7 @@ def test_precision_and_checkpointing(kind: str, options: dict[str, Any], tmp_pat
     more = {"gradient_checkpointing_kwargs": {"use_reentrant": False}} if "bf16" not in options else {}
     trainer = build(tmp_path, kind, (2, 4), **options, **more)
     want = gradient(worst(losses(kind, trainer, trainer.train_dataset)), trainer.model)
-    scale = scale_of(kind, tmp_path, (2, 4))
+    scale = own_scale(kind, tmp_path, (2, 4))
     assert tiny.relative_error(step(trainer), scale * want) < (0.2 if "bf16" in options else 1e-5)
 
 
@@ -93,7 +80,7 @@ def test_label_smoothing(cut: tuple[int, int], tmp_path: Path) -> None:
     of_step = "num_items_in_batch" in inspect.signature(LabelSmoother.__call__).parameters
     parts = [trainer.train_dataset] if of_step else [trainer.train_dataset[i : i + cut[0]] for i in range(0, N, cut[0])]
     share = torch.tensor([len(part) / tokens_of(part) for part in parts for _ in part])
-    scale = own_scale(smoothed(), gradient((share * each).mean(), trainer.model))
+    scale = scale_between(steps(smoothed())[0], gradient((share * each).mean(), trainer.model))
     want = scale * gradient(worst(share * each), trainer.model)
     assert tiny.relative_error(step(trainer), want) < 1e-5
 
@@ -177,5 +164,5 @@ def test_groups_from_a_column(tmp_path: Path) -> None:
     means = torch.stack([each[ids == i].mean() for i in range(3)]).detach()
     want = gradient((SET.solve(means[ids]).weights * each).sum(), trainer.model)
     got = step(trainer, groups="domain")
-    assert tiny.relative_error(got, scale_of("classes", tmp_path, (2, 4)) * want) < 1e-5
+    assert tiny.relative_error(got, own_scale("classes", tmp_path, (2, 4)) * want) < 1e-5
     assert trainer.evaluate()["eval_loss"] > 0

@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import re
+import runpy
 import signal
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -50,7 +51,9 @@ RUNS = [
     ("rebel", ["--online", "--ambiguity", "wasserstein", "--iterate", "average"]),
     ("ppo", ["--version", "B", "--ambiguity", "cvar"]),
     ("ppo", ["--version", "A", "--scaled", "rewards", "--kl-inside", "--critic-targets", "--groups", "domain"]),
+    ("ppo", ["--prompt-gdro"]),
     ("npg", ["--ambiguity", "tv", "--radius", "0.3"]),
+    ("npg", ["--iterations", "3", "--steps", "4"]),
 ]
 
 
@@ -283,3 +286,52 @@ def test_online_rebel_compares_with_the_policy_that_answered(example, policy) ->
             for parameter in policy.parameters:
                 parameter.add_(0.05 * torch.randn_like(parameter))
         assert distance(batch) > 1e-1
+
+
+@pytest.mark.parametrize("name", ["dr-dpo", "kldpo-released", "wdpo-released", "group-dro", "gr-dpo", "gr-ipo",
+                                  "dpo-pro", "doro", "hardest-fraction", "inverse-frequency"])  # fmt: skip
+def test_baselines_on_a_batch(example, name: str) -> None:
+    """Each gives the total that its function gives, and not the plain mean."""
+    from robustgrad import baselines as given
+    from robustgrad.gradient_penalty import squared_norm_losses
+    from robustgrad.objectives import dpo, ipo
+
+    groups, inputs = torch.tensor([0, 0, 1, 0, 1]), torch.randn(5, 3, requires_grad=True)
+    pairs = [inputs.sum(-1), inputs[:, 0], torch.zeros(5), torch.zeros(5)]
+    baseline = example("dpo_baselines").make_baseline(name, ["b", "a", "b", "b"])  # a is group 0
+    losses = baseline.losses(*pairs, beta=0.5)
+    total = baseline.total(losses, groups, [inputs])
+
+    def mean(ratio: torch.Tensor) -> torch.Tensor:
+        return (ratio * losses).mean()
+
+    sizes = [1, 3]
+    form = "mean" if name == "group-dro" else "scaled"
+    expected = {
+        "dr-dpo": lambda: given.dr_dpo_loss(losses, temperature=1.0),
+        "kldpo-released": lambda: mean(given.kldpo_ratio(losses, temperature=0.5, form="released")),
+        "wdpo-released": lambda: squared_norm_losses(losses, inputs, coefficient=0.05).mean(),
+        "dpo-pro": lambda: losses.mean(),
+        "doro": lambda: mean(given.doro_ratio(losses, example("robustgrad").ChiSquare(0.5), trimmed=0.1)),
+        "hardest-fraction": lambda: mean(given.hardest_fraction_ratio(losses, fraction=0.25, factor=3.0)),
+        "inverse-frequency": lambda: mean(given.inverse_frequency_ratio(groups, counts=sizes)),
+    }.get(name, lambda: mean(given.GroupDRO(sizes, step_size=0.1, group_loss=form).ratio(losses, groups)))
+    assert_close(total, expected())
+    assert not torch.allclose(total, (ipo if name == "gr-ipo" else dpo)(*pairs, beta=0.5).mean())
+
+
+@pytest.mark.parametrize("units", ["token", "span", "sequence"])
+def test_token_level(example, tmp_path: Path, units: str, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    import transformers
+
+    transformers.ByT5Tokenizer().save_pretrained(tmp_path)
+    transformers.LlamaConfig(
+        vocab_size=384, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    ).save_pretrained(tmp_path)
+    arguments = ["--smoke", "--model", str(tmp_path), "--units", units, "--lr", "0.01"]
+    monkeypatch.setattr("sys.argv", ["token_level.py", *arguments])
+    runpy.run_path(str(EXAMPLES / "token_level.py"), run_name="__main__")
+    plain, robust = capsys.readouterr().out.strip().splitlines()
+    assert plain.split()[0] == "plain:" and robust.split()[0] == "robust:"
+    # 24 sequences are too few for the memory to hold a rule; tokens and spans are not.
+    assert (plain.split()[1:] == robust.split()[1:]) == (units == "sequence")

@@ -165,6 +165,14 @@ def test_prompt_shift_of_two_normals(apart: float) -> None:
         assert low <= value <= high and high - low < true + 0.1
 
 
+def test_many_features_for_few_prompts_still_bound_every_divergence() -> None:
+    """384 features, one of which shifts: an unregularised classifier is sure of everything, and bounds nothing."""
+    found = prompt_shift(*two_normals(2.0, 300, seed=4, d=384))
+    assert 0.2 < found.total_variation.value < 2 * NormalDist().cdf(1.0) - 1
+    assert 0.1 < found.kl.low < found.kl.high < 2.0
+    assert 0.1 < found.chi_square.value < math.expm1(4.0) / 2
+
+
 def test_no_shift_is_found_where_there_is_none() -> None:
     found = prompt_shift(*two_normals(0.0, 1000, seed=5))
     for name in ("total_variation", "kl", "chi_square"):

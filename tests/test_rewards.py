@@ -171,6 +171,19 @@ def test_labels_with_factors(example, text: str) -> None:
         assert example("rewards").label_factor(text) == ("joy", 0.5 if "=" in text else 1.0)
 
 
+def test_the_worst_of_several_models(example, tmp_path: Path) -> None:
+    rewards = example("rewards")
+    models = [saved(tmp_path / str(seed), 1, tie_word_embeddings=bool(seed)) for seed in range(2)]
+    torch.manual_seed(9)
+    torch.nn.init.normal_(models[1].score.weight)
+    models[1].save_pretrained(tmp_path / "1")
+    members = [rewards.ModelReward(str(tmp_path / name), None, CPU) for name in "01"]
+    each = torch.stack([member(PROMPTS, DOMAINS, RESPONSES) for member in members])
+    assert not torch.allclose(each[0], each[1])
+    worst = rewards.EnsembleReward(members, 0.5)(PROMPTS, DOMAINS, RESPONSES)
+    assert_close(worst, -0.5 * (-each / 0.5).exp().mean(0).log())
+
+
 def test_the_emotion_settings_run(example, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As they are, on a tiny classifier and policy, and with fewer prompts."""
     monkeypatch.chdir(EXAMPLES.parent)
@@ -243,6 +256,6 @@ def test_a_reward_model_that_was_trained_here_scores_the_rollouts(example, tmp_p
     out = tmp_path / "ppo"
     assert example("ppo").main(["--smoke", "--steps", "2", "--reward-model", folder, "--out", str(out)]) == 0
     results = json.loads((out / "results.json").read_text())
-    assert results["settings"]["reward_model"] == folder
+    assert results["settings"]["reward_model"] == [folder]
     values = [value for row in results["rewards"].values() for value in row.values()]
     assert all(math.isfinite(value) for value in values) and len({round(value, 6) for value in values}) > 4

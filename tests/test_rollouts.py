@@ -1,7 +1,9 @@
-"""GRPO and RLOO: the whole rollout's advantages are scaled, the adversary picks prompts by minus their reward."""
+"""GRPO, RLOO, GMPO: the whole rollout's advantages are scaled, the adversary picks prompts by minus their reward."""
 
 from __future__ import annotations
 
+import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,83 +15,80 @@ pytest.importorskip("trl")
 import tiny
 import trl
 from datasets import Dataset
+from peft import TaskType
+from rollout_trainers import DIVISOR, KINDS, PROMPTS, build, objective, prompt_ratio, reward, spy
+from trainer_steps import gradient, steps
 
 from robustgrad import ChiSquare
 from robustgrad.integrations.trl import robustify
 
-pytestmark = tiny.OTHERS_WARNINGS
+pytestmark = [*tiny.OTHERS_WARNINGS, pytest.mark.filterwarnings("ignore::UserWarning")]
 SET = ChiSquare(0.2)
-PROMPTS, GENERATIONS = 4, 2
-CUTS = pytest.mark.parametrize(("micro_batch", "accumulation"), [(8, 1), (2, 4), (1, 8)], ids=str)
-TRAINERS = {"grpo": (trl.GRPOTrainer, trl.GRPOConfig), "rloo": (trl.RLOOTrainer, trl.RLOOConfig)}
-each_trainer = pytest.mark.parametrize("kind", TRAINERS)
+CUTS = pytest.mark.parametrize("cut", [(8, 1), (2, 4), (1, 8)], ids=str)
+each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-def reward(prompts: list[str], completions: list[str], **kwargs: Any) -> list[float]:
-    """Words differ in worth, and so do prompts."""
-    return [len(prompt) + sum(map(ord, text)) % 17 / 4 for prompt, text in zip(prompts, completions, strict=True)]
-
-
-def build(kind: str, folder: Path, *cut: int, **changes: Any) -> Any:
-    trainer, config = TRAINERS[kind]
-    options = {"num_generations": GENERATIONS, "max_completion_length": 5, "beta": 0.0, "temperature": 1.0}
-    options |= {"loss_type": "grpo"} if kind == "grpo" else {}
-    data = Dataset.from_dict({"prompt": tiny.texts(PROMPTS, 6, 1), "domain": ["a", "b", "a", "b"]})
-    more = {name: changes.pop(name) for name in ("eval_dataset", "reward_funcs") if name in changes}
-    args = config(**tiny.arguments(folder, *cut, **options, **changes))
-    more = {"reward_funcs": reward} | more
-    return trainer(model=tiny.causal_lm(), args=args, train_dataset=data, processing_class=tiny.tokenizer(), **more)
-
-
-def spy(trainer: Any) -> dict[str, Any]:
-    """The rollout before robustness, with the rewards and the scaled advantages."""
-    seen: dict[str, Any] = {}
-    rewards, score = trainer._calculate_rewards, trainer._generate_and_score_completions
-
-    def calculate(*args: Any) -> Tensor:
-        seen["rewards"] = rewards(*args)
-        return seen["rewards"]
-
-    def generate(inputs: Any) -> dict[str, Any]:
-        out = score(inputs)
-        seen.update(rollout=dict(out), mode=trainer.model.training)
-        return out
-
-    trainer._calculate_rewards, trainer._generate_and_score_completions = calculate, generate
-    return seen
-
-
-def expected(kind: str, trainer: Any, rollout: dict[str, Any], ratio: Tensor) -> Tensor:
-    """sum_i ratio_i grad loss_i / n, one completion at a time."""
-    model, total = trainer.model, 0.0
-    for i, advantage in enumerate(rollout["advantages"]):
-        prompt = rollout["prompt_ids"][i][rollout["prompt_mask"][i].bool()]
-        completion = rollout["completion_ids"][i][rollout["completion_mask"][i].bool()]
-        ids = torch.cat((prompt, completion))
-        logits = model(input_ids=ids[None]).logits[0, len(prompt) - 1 : -1]
-        logp = logits.log_softmax(-1)[torch.arange(len(completion)), completion]
-        total = total - ratio[i] * advantage * (logp.mean() if kind == "grpo" else logp.sum()) / len(ratio)
-    grads = torch.autograd.grad(total, tiny.trainable(model))
-    return torch.cat([grad.flatten() for grad in grads])
+def errors(kind: str, trainer: Any, **terms: Any) -> float:
+    """Train one step; how far its gradient is from that of the hand-written objective."""
+    seen = spy(trainer)
+    got = steps(robustify(trainer, SET, pool="window"))[0]
+    total = objective(kind, trainer.model, [seen["rollout"]], prompt_ratio(SET, seen["rewards"]), **terms)
+    return tiny.relative_error(got, gradient(total, trainer.model))
 
 
 @CUTS
-@each_trainer
-def test_one_step(kind: str, micro_batch: int, accumulation: int, tmp_path: Path) -> None:
-    trainer = build(kind, tmp_path, micro_batch, accumulation, learning_rate=0.0)
-    seen, gradients = spy(trainer), tiny.Gradients()
-    trainer.add_callback(gradients)
-    robustify(trainer, SET, pool="window")
-    trainer.train()
-    risk = -seen["rewards"].sum(-1).reshape(PROMPTS, GENERATIONS).mean(-1)
-    ratio = SET.solve(risk).ratio.repeat_interleave(GENERATIONS)
-    assert ratio.max() > 1.2
-    want = expected(kind, trainer, seen["rollout"], ratio)
-    assert tiny.relative_error(gradients.steps[0], want) < 1e-5
+@each_kind
+def test_one_step(kind: str, cut: tuple[int, int], tmp_path: Path) -> None:
+    trainer = build(kind, tmp_path, *cut, learning_rate=0.0)
+    assert errors(kind, trainer) < 1e-5
     assert trainer.state.log_history[0]["robust/gap"] > 0
 
 
-@each_trainer
+@each_kind
+def test_lora(kind: str, tmp_path: Path) -> None:
+    trainer = build(kind, tmp_path, 2, 4, learning_rate=0.0, peft_config=tiny.lora(TaskType.CAUSAL_LM))
+    assert errors(kind, trainer) < 1e-5
+
+
+def loss_types() -> set[str]:
+    """All that the installed GRPOTrainer knows."""
+    source = inspect.getsource(trl.GRPOTrainer._compute_loss)
+    named = re.findall(r"self\.loss_type (?:==|in) (\[[^\]]*\]|\"\w+\")", source)
+    return set(re.findall(r'"(\w+)"', " ".join(named)))
+
+
+def test_every_loss_type_is_checked() -> None:
+    assert {"grpo", "dapo"} <= loss_types() <= DIVISOR.keys()
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+@pytest.mark.parametrize("loss_type", sorted(DIVISOR.keys() - {"rloo", "gmpo"}))
+def test_loss_types_and_their_kl_term(loss_type: str, beta: float, tmp_path: Path) -> None:
+    """The policy loss is reweighted, the term keeps its own weight."""
+    if loss_type not in loss_types():
+        pytest.skip(f"TRL {trl.__version__} has no loss_type={loss_type!r}")
+    needs = {"luspo": {"importance_sampling_level": "sequence"}, "cispo": {"epsilon_high": 5.0}}
+    options = {"loss_type": loss_type, "beta": beta} | needs.get(loss_type, {})
+    trainer = build("grpo", tmp_path, 8, 1, learning_rate=0.0, **options)
+    terms = {"beta": beta, "reference": trainer.ref_model} if beta else {}
+    assert errors(loss_type, trainer, **terms) < 1e-5
+
+
+def test_rloo_has_its_kl_term_in_the_advantages(tmp_path: Path) -> None:
+    trainer = build("rloo", tmp_path, 2, 4, learning_rate=0.0, beta=0.3)
+    assert errors("rloo", trainer) < 1e-5
+
+
+def test_a_rollout_for_several_steps_is_generated_once(tmp_path: Path) -> None:
+    trainer = build("grpo", tmp_path, 4, 1, max_steps=2, steps_per_generation=2, learning_rate=0.0)
+    calls = []
+    generate = trainer._generate_and_score_completions
+    trainer._generate_and_score_completions = lambda inputs: calls.append(len(inputs)) or generate(inputs)
+    robustify(trainer, SET, pool="window").train()
+    assert calls == [8]
+
+
+@each_kind
 def test_evaluation_is_untouched(kind: str, tmp_path: Path) -> None:
     data = Dataset.from_dict({"prompt": tiny.texts(PROMPTS, 6, 1)})
     trainer = robustify(build(kind, tmp_path, 8, 1, eval_dataset=data), SET)

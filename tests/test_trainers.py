@@ -131,15 +131,9 @@ def test_logged_losses_and_evaluation_stay(case: Case, pool: str, tmp_path: Path
 def test_resumes_to_the_bit(case: Case, pool: str, tmp_path: Path) -> None:
     """Dropout on; from the middle of an epoch, where the trainer restores its random numbers late."""
     data = concatenate_datasets([case.dataset()] * 10)
-    model = {"model": case.model()}
-    model["model"].config.attention_dropout = 0.1
 
     def build(name: str) -> Trainer:
-        built = case.model()
-        built.config.attention_dropout = 0.1
-        for module in built.modules():
-            if hasattr(module, "attention_dropout"):
-                module.attention_dropout = 0.1
+        built = with_dropout(case.model())
         options = {"max_steps": 12, "save_strategy": "steps", "save_steps": 9, "optim": "adamw_torch"}
         return robustify(case.build(tmp_path / name, 4, 2, train_dataset=data, model=built, **options), SET, pool=pool)
 
@@ -152,6 +146,32 @@ def test_resumes_to_the_bit(case: Case, pool: str, tmp_path: Path) -> None:
     for got, want in zip(resumed.model.parameters(), straight.model.parameters(), strict=True):
         assert torch.equal(got, want)
     assert resumed.state.log_history[-2]["robust/value"] == straight.state.log_history[-2]["robust/value"]
+
+
+def with_dropout(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.3
+    return model
+
+
+@pytest.mark.parametrize("survey", ["train", "eval"])
+def test_a_survey_in_train_mode_sees_the_masks_of_its_step(survey: str, tmp_path: Path) -> None:
+    """Also in the first step after an evaluation, and after a resume in the middle of an epoch."""
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 1}
+    options |= {"train_dataset": tiny.pairs(40), "eval_dataset": tiny.pairs()}
+
+    def run(name: str, **resume: str) -> list[dict[str, float]]:
+        trainer = REWARD.build(tmp_path / name, 2, 4, model=with_dropout(REWARD.model()), **options)
+        robustify(trainer, SET, pool="window", survey=survey).train(**resume)
+        return [entry for entry in trainer.state.log_history if "robust/mean" in entry]
+
+    straight = run("a")
+    resumed = run("b", resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    same = [entry["robust/mean"] == pytest.approx(entry["loss"], rel=1e-4) for entry in straight + resumed[2:]]
+    assert same == [survey == "train"] * 6
+    for again, once in zip(resumed[2:], straight[2:], strict=True):
+        assert all(again[key] == once[key] for key in ("loss", "grad_norm", "robust/value"))
 
 
 def test_resuming_a_plain_run_says_that_the_memory_is_empty(tmp_path: Path) -> None:

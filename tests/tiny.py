@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, TaskType
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.distributed.tensor import DTensor
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -110,7 +111,9 @@ class Gradients(TrainerCallback):
 
 
 def flat_gradient(model: torch.nn.Module) -> torch.Tensor:
-    return torch.cat([p.grad.flatten() for p in trainable(model)])
+    """Whole, where it is sharded."""
+    grads = [p.grad for p in trainable(model)]
+    return torch.cat([(grad.full_tensor() if isinstance(grad, DTensor) else grad).flatten() for grad in grads])
 
 
 def trainable(model: torch.nn.Module) -> list[torch.nn.Parameter]:

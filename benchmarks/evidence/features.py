@@ -33,6 +33,9 @@ class Features:
     def at(self, index: Tensor) -> Features:
         return Features(self.prompt[index], self.chosen[index], self.rejected[index])
 
+    def without_prompts(self) -> Features:
+        return Features(self.prompt[:, :0], self.chosen, self.rejected)
+
     def swapped(self, swap: Tensor) -> Features:
         """With the two responses exchanged where `swap` (n,) says so."""
         a, b, other = self.chosen, self.rejected, swap[:, None]

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from .features import Features
 
-_HIDDEN = 64
+HIDDEN = 64
 # By the loss of plain training on the validation set.
-LEARNING_RATE = {"linear": 0.003, "bag of words": 0.003, "mlp": 0.001}
+LEARNING_RATE = {"linear": 0.003, "bag of words": 0.003, "mlp": 0.002}
 
 Parameters = list[Tensor]  # each (s, ...), one slice a seed
 
@@ -27,8 +27,8 @@ def initial(capacity: str, width: int, seeds: Sequence[int]) -> Parameters:
     made = []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
-        into = torch.randn(3 * width, _HIDDEN, generator=generator) * (3 * width) ** -0.5
-        made.append((into, torch.zeros(1, _HIDDEN), torch.randn(_HIDDEN, 1, generator=generator) * _HIDDEN**-0.5))
+        into = torch.randn(3 * width, HIDDEN, generator=generator) * (3 * width) ** -0.5
+        made.append((into, torch.zeros(1, HIDDEN), torch.randn(HIDDEN, 1, generator=generator) * HIDDEN**-0.5))
     return [torch.stack(parts) for parts in zip(*made, strict=True)]
 
 

@@ -11,7 +11,7 @@ from robustgrad.prompt_groups import PromptGroups
 
 from .features import Features
 from .sets import Sets
-from .tasks import Judged, Task, numbered
+from .tasks import Judged, Task, length_signs, numbered
 
 
 def human_task(
@@ -31,6 +31,5 @@ def human_task(
 
 
 def _judged(pairs: list[Pair], features: Features) -> Judged:
-    longer = torch.tensor([len(pair.chosen) > len(pair.rejected) for pair in pairs])
     weight = torch.full((len(pairs),), 1 / len(pairs))
-    return Judged(features, [pair.domain for pair in pairs], longer, weight)
+    return Judged(features, [pair.domain for pair in pairs], length_signs(pairs), weight)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from robustgrad.objectives import bradley_terry
 
-from .measures import measured, packed
+from .measures import measured, outcomes
 from .methods import Batch, Make
 from .runs import Row, rounded
 from .tasks import Task
@@ -49,7 +49,7 @@ def run_language(
     return {
         "seed": seed,
         "measures": {"last": rounded({name: measured(lead[name], task.evals[name]) for name in lead})},
-        "right": {name: packed(own) for name, own in lead.items()},
+        "outcomes": {name: outcomes(own) for name, own in lead.items()},
         "seconds": round(time.perf_counter() - began, 1),
     }
 

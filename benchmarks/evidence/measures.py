@@ -24,14 +24,14 @@ def measured(lead: Tensor, judged: Judged) -> dict[str, float]:
     right = rights(lead)
     losses = bradley_terry(lead, torch.zeros_like(lead))
     by_domain = accuracies(right, judged.domains)
-    longer = [right[judged.longer == side].mean().item() for side in (True, False) if (judged.longer == side).any()]
+    longer = [right[judged.longer == side].mean().item() for side in (1, -1) if (judged.longer == side).any()]
     worst = {name: ball.solve(losses, base=judged.weight).value.item() for name, ball in _WORST.items()}
     return {
         "accuracy": (judged.weight @ right).item(),
         "mean": sum(by_domain.values()) / len(by_domain),
         "worst": min(by_domain.values()),
         "ece": calibration_error(lead, right),
-        "length_controlled": sum(longer) / len(longer),
+        "length_controlled": sum(longer) / max(1, len(longer)),
         "loss": (judged.weight @ losses).item(),
         **worst,
     }
@@ -56,15 +56,22 @@ def calibration_error(lead: Tensor, right: Tensor) -> float:
     return (gap.abs().sum() / len(lead)).item()
 
 
-def packed(lead: Tensor) -> str:
-    """Which pairs were right, a bit each, for comparisons item by item."""
-    bits = torch.nn.functional.pad((lead > 0).to(torch.uint8), (0, -len(lead) % 8)).reshape(-1, 8)
+def outcomes(lead: Tensor) -> dict[str, str]:
+    """Which pairs were right and, where there are any, which were ties: a bit each, to compare item by item."""
+    return {"right": _packed(lead > 0)} | ({"tied": _packed(lead == 0)} if (lead == 0).any() else {})
+
+
+def unpacked(row: dict[str, str], count: int) -> Tensor:
+    """(count,) float64: 1 where the pair was right, 1/2 where it was a tie."""
+    return _bits(row["right"], count) + (_bits(row["tied"], count) / 2 if "tied" in row else 0)
+
+
+def _packed(flags: Tensor) -> str:
+    bits = torch.nn.functional.pad(flags.to(torch.uint8), (0, -len(flags) % 8)).reshape(-1, 8)
     numbers = (bits * torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
     return base64.b64encode(bytes(numbers.tolist())).decode()
 
 
-def unpacked(text: str, count: int) -> Tensor:
-    """(count,) float64, 1 where the pair was right."""
+def _bits(text: str, count: int) -> Tensor:
     numbers = torch.tensor(list(base64.b64decode(text)))
-    bits = (numbers[:, None] >> torch.arange(7, -1, -1)) & 1
-    return bits.flatten()[:count].double()
+    return ((numbers[:, None] >> torch.arange(7, -1, -1)) & 1).flatten()[:count].double()

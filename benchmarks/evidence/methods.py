@@ -111,7 +111,23 @@ METHODS: dict[str, Make] = {
     "DORO .1, CVaR .5": weighted(lambda batch: doro_ratio(batch.losses, CVaR(0.5), trimmed=0.1)),
     "label smoothing .1": lambda counts: smoothed_labels,
 }
-KNOWS_DOMAINS = ("TV .1, known domains", "group DRO", "inverse frequency")
+# One of each kind, for the cells that vary one factor.
+KEY_METHODS = {
+    name: METHODS[name]
+    for name in (
+        "plain",
+        "TV .1",
+        "TV .4",
+        "chi-square .1",
+        "CVaR .5",
+        "TV .1, soft prompt groups",
+        "TV .1, known domains",
+        "group DRO",
+        "inverse frequency",
+        "Dr. DPO 1",
+        "DORO .1, CVaR .5",
+    )
+}
 
 _BALLS = {"TV": TotalVariation, "chi-square": ChiSquare, "KL": KL}
 _GRID = {

@@ -8,22 +8,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from preference_pairs import Pair
 
 from robustgrad.prompt_groups import PromptGroups
 
-from .features import embed_sets
+from .features import Features, embed_sets
 from .heads import Parameters, leads
 from .human import human_task
-from .measures import measured, packed
+from .measures import measured, outcomes
 from .runs import Row, rounded
 from .sets import Sets, read_folder
-from .studies import SHARES, Study
+from .studies import GROUPS, SHARES, Study
 from .tasks import Task, numbered
 from .training import trained
 from .truth import KnownPairs
 from .words import word_features
 
-_SIZE, _GROUPS = 4000, 16  # training pairs of the known tier; soft groups of prompts
+_SIZE = 4000  # training pairs of the known tier
 
 
 class Protocol:
@@ -32,14 +33,22 @@ class Protocol:
     def __init__(self, data: Path, cache: Path, seeds: int, steps: int) -> None:
         self.sets = read_folder(data)
         self.features = embed_sets(self.sets, cache)
-        self.words = word_features(self.sets, self.features)
-        self.groups = PromptGroups.fit(self.features["train"].prompt, min(_GROUPS, len(self.sets.train)))
-        self.known = KnownPairs(self.sets, self.features, most_of_two(self.sets))
-        self.size = min(_SIZE, self.known.largest(SHARES))
+        responses = {name: own.without_prompts() for name, own in self.features.items()}
+        self.seen = {
+            "linear": responses,
+            "mlp": self.features,
+            "bag of words": word_features(self.sets, responses),
+        }
+        self.groups = PromptGroups.fit(self.features["train"].prompt, min(GROUPS, len(self.sets.train)))
+        self.known = known_pairs(self.sets, self.features)
+        self.size = 0 if self.known is None else min(_SIZE, self.known.largest(SHARES))
         self.seeds, self.steps = range(seeds), steps
 
+    def can(self, study: Study) -> bool:
+        return study.truth is None or self.known is not None
+
     def task(self, study: Study) -> Task:
-        seen = self.words if study.capacity == "bag of words" else self.features
+        seen = self.seen.get(study.capacity, self.features)
         if study.truth is None:
             return human_task(self.sets, self.features, self.seeds, self.groups, seen)
         return self.known.task(study.truth, self.seeds, self.size, self.groups, seen)
@@ -56,26 +65,32 @@ class Protocol:
 
     def about(self) -> Row:
         """What a reader of the rows has to know: the sets, and the domain of every pair in the order of its bits."""
-        known = [self.known.domains[which] for which in self.known.test.domain.tolist()]
+        known = {}
+        if self.known is not None:
+            domains = [self.known.domains[which] for which in self.known.test.domain.tolist()]
+            known = {self.known.evaluated: _coded(domains)}
         return {
             "train": dict(Counter(pair.domain for pair in self.sets.train).most_common()),
             "evals": {name: _coded([pair.domain for pair in pairs]) for name, pairs in self.sets.evals.items()},
-            "known": {self.known.evaluated: _coded(known)},
+            "known": known,
             "known_size": self.size,
             "seeds": len(self.seeds),
             "steps": self.steps,
         }
 
 
-def most_of_two(sets: Sets) -> str:
-    """The evaluation set with most pairs of the two domains that the known tier is about."""
+def known_pairs(sets: Sets, features: dict[str, Features]) -> KnownPairs | None:
+    """On the evaluation set with most pairs of the two most frequent domains; None where pairs of both are missing."""
     two = numbered([pair.domain for pair in sets.train])[0][:2]
 
-    def fewest(name: str) -> int:
-        counts = Counter(pair.domain for pair in sets.evals[name])
+    def fewest(pairs: list[Pair]) -> int:
+        counts = Counter(pair.domain for pair in pairs)
         return min(counts[domain] for domain in two)
 
-    return max(sets.evals, key=fewest)
+    evaluated = max(sets.evals, key=lambda name: fewest(sets.evals[name]))
+    if len(two) < 2 or not fewest(sets.validation) or not fewest(sets.evals[evaluated]):
+        return None
+    return KnownPairs(sets, features, evaluated)
 
 
 def _coded(domains: list[str]) -> dict[str, object]:
@@ -95,21 +110,21 @@ def _rows(task: Task, iterates: dict[str, Parameters], seeds: range) -> Iterator
             iterate: {name: measured(own[seed], task.evals[name]) for name, own in by_set.items()}
             for iterate, by_set in lead.items()
         }
-        right = {name: packed(own[seed]) for name, own in lead["last"].items()}
+        by_pair = {name: outcomes(own[seed]) for name, own in lead["last"].items()}
         yield {
             "seed": seed,
             "measures": rounded(measures),
-            "right": right,
+            "outcomes": by_pair,
         }
 
 
 def longer_wins(task: Task) -> Row:
     """The longer response wins, whatever it says."""
-    lead = {name: torch.where(judged.longer, 1.0, -1.0) for name, judged in task.evals.items()}
+    lead = {name: judged.longer for name, judged in task.evals.items()}
     return {
         "capacity": "none",
         "method": "longer wins",
         "seed": 0,
         "measures": rounded({"last": {name: measured(lead[name], judged) for name, judged in task.evals.items()}}),
-        "right": {name: packed(own) for name, own in lead.items()},
+        "outcomes": {name: outcomes(own) for name, own in lead.items()},
     }

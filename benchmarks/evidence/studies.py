@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from .methods import METHODS, POOLS, RADII, Make
+from .methods import KEY_METHODS, METHODS, POOLS, RADII, Make
 from .truth import Truth
 
-SHARES, CONFLICTS, NOISES = (0.01, 0.03, 0.1, 0.3), (0.0, 0.5, 1.0), (0.0, 0.1, 0.2)
+SHARES, CONFLICTS, NOISES = (0.01, 0.1, 0.3), (0.0, 0.5, 1.0), (0.0, 0.1, 0.2)
 BASE = Truth()
+GROUPS = 16  # of prompts
 
 
 @dataclass(frozen=True)
@@ -25,21 +26,29 @@ class Study:
         return {"tier": "human"} if self.truth is None else {"tier": "known", **asdict(self.truth)}
 
 
-def studies() -> list[Study]:
+def studies(smoke: bool = False) -> list[Study]:
+    """All of them, or a few of each kind."""
+    if smoke:
+        few = {name: METHODS[name] for name in ("plain", "TV .1", "group DRO")}
+        return [
+            Study(BASE, "linear", METHODS),
+            Study(Truth(share=0.3, noise=0.2), "mlp", few),
+            Study(None, "linear", few),
+            Study(None, "bag of words", {"plain": METHODS["plain"]}),
+            Study(BASE, "linear", POOLS),
+        ]
+    noisy, plain = Truth(noise=0.2), {"plain": METHODS["plain"]}
     one_factor = {
-        BASE,
         *(Truth(share=share) for share in SHARES),
         *(Truth(conflict=conflict) for conflict in CONFLICTS),
         *(Truth(noise=noise) for noise in NOISES),
-        Truth(conflict=0.5, noise=0.2),
     }
     cells = sorted(one_factor, key=lambda truth: (truth.share, -truth.conflict, truth.noise))
-    plain = {"plain": METHODS["plain"]}
     return [
-        *(Study(truth, "linear", METHODS) for truth in cells),
-        Study(None, "linear", METHODS),
-        *(Study(truth, "mlp", METHODS) for truth in (BASE, Truth(noise=0.2), None)),
-        *(Study(Truth(noise=noise), "linear", RADII) for noise in (0.0, 0.2)),
-        *(Study(truth, "bag of words", plain) for truth in (*cells, None)),
+        *(Study(truth, "bag of words", plain) for truth in (BASE, noisy, None)),
+        *(Study(truth, "linear", METHODS) for truth in (BASE, None, noisy)),
+        *(Study(truth, "mlp", KEY_METHODS) for truth in (BASE, None)),
+        *(Study(truth, "linear", KEY_METHODS) for truth in cells),
+        *(Study(truth, "linear", RADII) for truth in (BASE, noisy)),
         Study(BASE, "linear", POOLS),
     ]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from preference_pairs import Pair
 from torch import Tensor
 
 from .features import Features
@@ -19,7 +20,7 @@ class Judged:
 
     pairs: Features
     domains: list[str]
-    longer: Tensor  # (n,) bool, where the longer response is the better one
+    longer: Tensor  # (n,) 1 where the better response is the longer one, -1 where it is the shorter, or 0
     weight: Tensor  # (n,) the share of the population that each pair stands for
 
 
@@ -38,6 +39,11 @@ class Task:
 
     def counts(self, seed: int) -> Tensor:
         return self.domains[self.index[seed]].bincount(minlength=int(self.domains.max()) + 1).clamp_min(1)
+
+
+def length_signs(pairs: Sequence[Pair]) -> Tensor:
+    """(n,) float, 1 where the first response is the longer one, -1 where the second is, 0 where none is."""
+    return torch.tensor([float(len(pair.chosen) - len(pair.rejected)) for pair in pairs]).sign()
 
 
 def order_of_steps(count: int, steps: int, seed: int) -> Tensor:

@@ -25,7 +25,7 @@ from robustgrad.prompt_groups import PromptGroups
 
 from .features import Features, embed
 from .sets import Sets
-from .tasks import Judged, Task, numbered
+from .tasks import Judged, Task, length_signs, numbered
 
 _HELPS = (
     ("Here are the steps: first do this, then do that, and check the result.", "Use this method, it works well."),
@@ -92,8 +92,7 @@ class KnownPairs:
         kept = [pairs[i] for i in rows.tolist()]
         domain = torch.tensor([self.domains.index(pair.domain) for pair in kept])
         gap = (features.chosen - features.rejected)[rows]
-        longer = torch.tensor([len(pair.chosen) > len(pair.rejected) for pair in kept])
-        return _Part(rows, domain, gap @ self.helps, gap @ self.cares, longer)
+        return _Part(rows, domain, gap @ self.helps, gap @ self.cares, length_signs(kept))
 
     def largest(self, shares: Sequence[float]) -> int:
         """How many training pairs there are for every one of the shares."""
@@ -130,7 +129,7 @@ class KnownPairs:
         wrong = part.wrong_way(truth)
         weight = (shares / part.domain.bincount(minlength=2))[part.domain]
         names = [self.domains[which] for which in part.domain.tolist()]
-        return Judged(seen.at(part.rows).swapped(wrong), names, part.longer ^ wrong, weight)
+        return Judged(seen.at(part.rows).swapped(wrong), names, torch.where(wrong, -1, 1) * part.longer, weight)
 
 
 def _mixture(domain: Tensor, share: float, size: int, seed: int) -> Tensor:

@@ -6,6 +6,7 @@ gather first. WDPO is `robustgrad.gradient_penalty.wasserstein_loss` of the DPO 
 cases (DRTO) are `Reweighter(...)(losses, units="token")`.
 """
 
+from .difficulty_bins import DifficultyBins
 from .doro import doro_ratio
 from .dpo_pro import dpo_pro
 from .dr_dpo import dr_dpo_loss
@@ -13,10 +14,14 @@ from .group_dro import GroupDRO
 from .hardest_fraction import hardest_fraction_ratio
 from .inverse_frequency import inverse_frequency_ratio
 from .kldpo import kldpo_ratio
+from .prompt_gdro import PromptGDRO
 from .reward_ensemble import pessimistic_rewards, worst_regret
+from .rollout_counts import rollout_counts
 
 __all__ = [
+    "DifficultyBins",
     "GroupDRO",
+    "PromptGDRO",
     "doro_ratio",
     "dpo_pro",
     "dr_dpo_loss",
@@ -24,5 +29,6 @@ __all__ = [
     "inverse_frequency_ratio",
     "kldpo_ratio",
     "pessimistic_rewards",
+    "rollout_counts",
     "worst_regret",
 ]

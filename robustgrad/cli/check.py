@@ -11,7 +11,7 @@ from rich.table import Table
 from torch import Tensor
 
 from ..ambiguity import KL, AmbiguitySet, ChiSquare, CVaR, TotalVariation
-from ..report import Evaluation, Report, report, shift_picture
+from ..report import Evaluation, report, shift_picture, shift_table
 from .options import Cap, Column, Skip, make_console, read_finite
 from .records import PIPE, Records
 from .trainer_log import find_log, print_log
@@ -49,7 +49,7 @@ def check(
     losses = torch.tensor(records.losses, dtype=torch.float64)
     console.print(_sets(losses))
     found = report(evaluation(records), cap=cap)
-    console.print(shifts(found))
+    console.print(shift_table(found))
     for text in found.cautions:
         console.print(text)
     if plot is not None:
@@ -78,21 +78,4 @@ def _sets(losses: Tensor) -> Table:
         ess = f"{worst.ess.item():.0f} ({worst.ess.item() / len(losses):.0%})"
         cells = (f"{value:.4g}", f"{value - mean:+.3g}", ess, f"{worst.max_ratio.item():.3g}")
         table.add_row(repr(ambiguity), *cells, f"{worst.weights.max().item():.2%}")
-    return table
-
-
-def shifts(found: Report) -> Table:
-    """The shift curves as a table, shares across."""
-    curve = found.models[0].curve
-    limit = "" if curve.cap is None else f", none more than {curve.cap:g} times as frequent"
-    table = Table("", title=f"Expected loss if the worst share of the prompts changes{limit}")
-    for share in curve.shares[::2]:
-        table.add_column(f"{share:.0%}", justify="right")
-    curves = [(model.name, model.curve) for model in found.models]
-    if found.gain is not None:
-        curves.append(("saved", found.gain))
-    for name, one in curves:
-        table.add_row(name, *(f"{value:.4g}" for value in one.values[::2]))
-        interval = [f"{low:.3g} … {high:.3g}" for _, _, low, high in one.rows]
-        table.add_row(f"{one.level:.0%} interval", *interval[::2])
     return table

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from ..report import report as make_report
-from ..report import save_page
-from .check import evaluation, shifts
+from ..report import save_page, shift_table
+from .check import evaluation
 from .options import Cap, Column, File, Kind, Radius, Skip, make_console, make_set, read_finite
 
 
@@ -35,7 +35,7 @@ def report(
     models = [evaluation(records) for records in read_finite(paths, column, skip_nonfinite)]
     found = make_report(*models, ambiguity=ambiguity, cap=cap, unit="groups" if by_group else "samples")
     console = make_console()
-    console.print(shifts(found))
+    console.print(shift_table(found))
     for text in found.cautions:
         console.print(text)
     save_page(found, out)

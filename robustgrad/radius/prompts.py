@@ -70,7 +70,8 @@ def prompt_shift(
     """
     _check(training, target, level, folds, resamples)
     generator = torch.Generator().manual_seed(seed)
-    p, q = _held_out_log_ratios(training.detach().double(), target.detach().double(), folds, generator)
+    before, after = (side.detach().cpu().double() for side in (training, target))
+    p, q = _held_out_log_ratios(before, after, folds, generator)
     estimates = [_with_interval(bound, p, q, level, resamples, generator) for bound in (_tv, _chi_square, _kl)]
     return PromptShift(*estimates)
 
@@ -89,7 +90,11 @@ def _held_out_log_ratios(
 
 
 def _fitted(p: Tensor, q: Tensor) -> Callable[[Tensor], Tensor]:
-    """Logistic regression, both sides of equal weight, ridge of one over the number of rows; log(q/p)."""
+    """Logistic regression, both sides of equal weight; log(q/p).
+
+    The ridge is that of a prior whose log odds have variance one, however many features there are: with the few
+    hundred of an embedding a weaker one is so sure of itself that the bounds on new prompts come out at nothing.
+    """
     both = torch.cat([p, q])
     mean, spread = both.mean(0), both.std(0).clamp_min(1e-12)
     p, q = (p - mean) / spread, (q - mean) / spread
@@ -99,7 +104,7 @@ def _fitted(p: Tensor, q: Tensor) -> Callable[[Tensor], Tensor]:
     def objective() -> Tensor:
         solver.zero_grad()
         errors = softplus(p @ weight[1:] + weight[0]).mean() + softplus(-(q @ weight[1:] + weight[0])).mean()
-        loss = errors / 2 + weight[1:].square().sum() / (2 * len(both))
+        loss = errors / 2 + p.shape[1] * weight[1:].square().sum() / (2 * len(both))
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         return loss
 

@@ -5,6 +5,7 @@ from .evaluation import Evaluation
 from .page import save_page
 from .pictures import gain_picture, group_picture, loss_picture, shift_picture
 from .summary import ModelReport, Report, report
+from .tables import shift_table
 
 __all__ = [
     "Evaluation",
@@ -18,4 +19,5 @@ __all__ = [
     "save_page",
     "shift_curve",
     "shift_picture",
+    "shift_table",
 ]

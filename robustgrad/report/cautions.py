@@ -60,7 +60,7 @@ def smooth_share(losses: Tensor, neighbours: Tensor, weights: Tensor, base: Tens
     return ((weights - base) * neighbours).sum().item() / excess if excess > 1e-12 else None
 
 
-def cautions(name: str, weights: Tensor, ess: float, smooth: float | None) -> list[str]:
+def cautions(name: str, weights: Tensor, base: Tensor, ess: float, smooth: float | None) -> list[str]:
     """In words, those that apply to this model."""
     found = []
     largest = weights.max().item()
@@ -69,9 +69,10 @@ def cautions(name: str, weights: Tensor, ess: float, smooth: float | None) -> li
             f"{name}: one sample has {largest:.0%} of the worst-case weight. Its loss alone moves the value: use a "
             "cap, or another set."
         )
-    if ess < 0.1 * len(weights):
+    samples = 1 / base.square().sum().item()  # effective number before
+    if ess < 0.1 * samples:
         found.append(
-            f"{name}: the worst case rests on {ess:.0f} of {len(weights)} samples (effective number). Gradients "
+            f"{name}: the worst case rests on {ess:.0f} of {samples:.0f} samples (effective numbers). Gradients "
             "weighted like this are that much noisier: a smaller radius keeps more."
         )
     if smooth is not None and smooth < 0.25:

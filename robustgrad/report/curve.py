@@ -81,8 +81,8 @@ def shift_curve(
         _checks.finite_losses("minus", minus)
         _checks.same_samples("minus", minus, "losses", losses)
     sets = [TotalVariation(share, cap=cap) for share in shares]
-    rows = [losses.detach().double()] + ([] if minus is None else [minus.detach().double()])
-    weight = torch.ones(len(losses), dtype=torch.float64) if base is None else base.double()
+    rows = [one.detach().cpu().double() for one in (losses, minus) if one is not None]
+    weight = torch.ones(len(losses), dtype=torch.float64) if base is None else base.detach().cpu().double()
 
     def values(weights: Tensor) -> Tensor:
         """(resamples, shares)"""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 
 from torch import Tensor
 
@@ -48,6 +48,16 @@ class Evaluation:
                     f"embeddings must be finite and have shape (n, d), got {tuple(self.embeddings.shape)}. Give one "
                     "row per sample."
                 )
+
+    def on_cpu(self) -> Evaluation:
+        """Detached, losses and base in float64."""
+
+        def moved(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.detach().cpu()
+
+        losses, base = self.losses.detach().cpu().double(), moved(self.base)
+        base = None if base is None else base.double()
+        return replace(self, losses=losses, base=base, embeddings=moved(self.embeddings))
 
     @property
     def slots(self) -> list[int] | None:

@@ -89,6 +89,7 @@ def report(
     _checks.instance("ambiguity", ambiguity, AmbiguitySet, "an ambiguity set", "Use TotalVariation(0.1).")
     if after is not None:
         _check_same(before, after)
+    before, after = before.on_cpu(), None if after is None else after.on_cpu()
     options: dict[str, Any] = {"shares": shares, "cap": cap, "level": level, "resamples": resamples, "seed": seed}
     options |= {"slots": _slots(before, unit), "base": before.base}
     given = [before] if after is None else [before, after]
@@ -96,7 +97,7 @@ def report(
     gain = None if after is None else shift_curve(before.losses, after.losses, **options)
     last = models[-1]
     both = None if after is None else noise(before.losses, after.losses, last.weights, last.base, wrong)
-    said = [text for one in models for text in cautions(one.name, one.weights, one.ess, one.smooth_share)]
+    said = [text for one in models for text in cautions(one.name, one.weights, one.base, one.ess, one.smooth_share)]
     said += [str(both)] if both is not None and both.overweighted else []
     return Report(
         ambiguity, models, gain, both, tuple(said), suggestions(ambiguity, last.losses, last.base, last.groups)
@@ -104,7 +105,7 @@ def report(
 
 
 def _model(evaluation: Evaluation, ambiguity: AmbiguitySet, curve: ShiftCurve, top: int) -> ModelReport:
-    losses = evaluation.losses.detach().double()
+    losses = evaluation.losses
     worst = ambiguity.solve(losses, base=evaluation.base)
     base = TotalVariation(0.0).solve(losses, base=evaluation.base).weights
     near = None if evaluation.embeddings is None else neighbour_losses(losses, evaluation.embeddings)

@@ -69,7 +69,7 @@ def group_shares(evaluation: Evaluation, weights: Tensor, base: Tensor) -> tuple
         names,
         totals(torch.ones_like(base)),
         totals(base),
-        totals(base * evaluation.losses.double()),
+        totals(base * evaluation.losses),
         totals(weights),
         strict=True,
     )

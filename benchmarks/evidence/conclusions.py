@@ -1,0 +1,105 @@
+"""What follows from the committed results: `conclusions.md`, whose numbers are filled in here.
+
+A field is {what|cell|method}. What the sentences say is checked as well: results that no longer say so make an
+error, not a page.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from .comparisons import MAJORITY, MINORITY, Comparison, Shifted
+from .human_tables import LINEAR as HUMAN
+from .human_tables import MLP as HUMAN_MLP
+from .known_tables import LINEAR, NOISY
+from .results import Cell, Results
+from .studies import BASE
+from .truth import Truth
+
+TEXT = Path(__file__).parent / "conclusions.md"
+CELLS: dict[str, Cell] = {
+    "linear": LINEAR,
+    "noisy": NOISY,
+    "mlp": (BASE, "mlp"),
+    "rare": (Truth(share=0.01), "linear"),
+    "no conflict": (Truth(conflict=0.0), "linear"),
+    "human": HUMAN,
+}
+
+
+def conclusions(results: Results) -> str:
+    check(results)
+    text = TEXT.read_text(encoding="utf-8")
+    return re.sub(r"\{([^}]*)\}", lambda field: number(results, *" ".join(field[1].split()).split("|")), text)
+
+
+def number(results: Results, what: str, cell: str, method: str) -> str:
+    own = Shifted(results, CELLS[cell])
+    match what:
+        case "both":
+            return f"{own.accuracy(method, MINORITY):.3f} / {own.accuracy(method, MAJORITY):.3f}"
+        case "minority":
+            return str(own.gain(method, MINORITY))
+        case "majority":
+            return str(own.gain(method, MAJORITY))
+        case "more loss":
+            return str(own.more_loss(method))
+        case "shifted":
+            return str(own.overall(method))
+        case "seen":
+            return f"{own.overall(method).smallest:.3f}"
+        case "loss" | "ece" | "accuracy":
+            return f"{own.value(method, {'loss': 'tv10'}.get(what, what)):.3f}"
+    raise ValueError(f"unknown field {what!r} in {TEXT.name}")
+
+
+def check(results: Results) -> None:
+    """Raises: ValueError: a conclusion that the results do not bear out."""
+    for says, holds in _claims(results).items():
+        if not holds:
+            raise ValueError(f"the results do not say (any more): {says}. Rewrite {TEXT.name}.")
+
+
+def _claims(results: Results) -> dict[str, bool]:
+    linear, noisy, mlp = (Comparison(results, CELLS[name]) for name in ("linear", "noisy", "mlp"))
+    none, human, human_mlp = (Shifted(results, cell) for cell in (CELLS["no conflict"], HUMAN, HUMAN_MLP))
+    sets = [m for m in linear.others if m.startswith(("TV", "chi-square", "KL", "CVaR")) and "domains" not in m]
+    small, large, weights, cvar = "chi-square .03", "chi-square 1", "inverse frequency", "CVaR .5"
+
+    def saved(method: str) -> float:
+        return -linear.more_loss(method).mean
+
+    def paid(own: Comparison, method: str) -> float:
+        return -own.gain(method, MAJORITY).mean
+
+    return {
+        "TV .1 helps the minority, costs the majority and lowers the worst case": linear.gain("TV .1", MINORITY).low > 0
+        and paid(linear, "TV .1") > 0 > linear.more_loss("TV .1").high,
+        "a small radius costs less for what it saves": saved(small) / saved(large)
+        > 2 * paid(linear, small) / paid(linear, large),
+        "TV .4 is the best set for the worst domain": max(sets, key=lambda m: linear.value(m, "worst")) == "TV .4",
+        "inverse frequency is better for it": linear.value(weights, "worst") > linear.value("TV .4", "worst"),
+        "and worse for the worst case": linear.value("TV .1", "tv10") < linear.value(weights, "tv10"),
+        "noise eats the benefit": -noisy.more_loss("TV .1").low < -linear.more_loss("TV .1").high,
+        "noise raises the price": paid(noisy, cvar) > 2 * paid(linear, cvar),
+        "trimming and optimism favour the majority": all(
+            noisy.gain(method, MAJORITY).low > 0 > noisy.gain(method, MINORITY).high
+            for method in ("DORO .1, CVaR .5", "Dr. DPO 1")
+        ),
+        "no method beats plain on the shifted sets": not any(
+            own.overall(method).low > 0 for own in (human, human_mlp) for method in own.others
+        ),
+        "the hardest fifth is the best of them": max(human.others, key=lambda m: human.overall(m).mean)
+        == "hardest 20% x2",
+        "TV .4 hurts there": human.overall("TV .4").high < 0,
+        "nothing to gain without conflict": none.gain("TV .1", MINORITY).mean < 0.01,
+        "the MLP serves both better": mlp.value("plain", "worst") > linear.value("plain", "worst"),
+        "micro-batches of 1 are plain": abs(linear.gain("TV .1, batch 1", MINORITY).mean) < 0.002,
+        "the memory is not": linear.gain("TV .1, memory 1", MINORITY).low > 0.002,
+        "prompt groups do less than TV .1": all(
+            own.gain(method, MINORITY).mean < own.gain("TV .1", MINORITY).mean
+            for own in (linear, noisy)
+            for method in ("TV .1, soft prompt groups", "TV .1, prompt clusters")
+        ),
+    }

