@@ -19,6 +19,7 @@ from page_targets import TARGETS
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results", HERE / "README.md"
 ABOUT = ("device", "cpu", "cores", "threads", "load", "torch", "python", "commit")
+FOUND = ("latency_us", "mib_per_s", "launches_per_solve")
 COMPETITORS = ("bisection", "scipy", "entmax", "cvxpy")
 NOT_MEASURED = "not measured"
 Row = dict[str, str]
@@ -64,7 +65,7 @@ def table(heads: list[str], lines: Iterable[list[str]]) -> str:
 
 
 def machine(rows: list[Row]) -> str:
-    return ", ".join(f"{name} {rows[0][name]}" for name in ABOUT if rows[0].get(name)) + ".\n"
+    return ", ".join(f"{name} {rows[0][name]}" for name in ABOUT + FOUND if rows[0].get(name)) + ".\n"
 
 
 def section(title: str, results: Results, name: str, heads: list[str], text: str = "") -> str:
