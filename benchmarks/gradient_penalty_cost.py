@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--quick", action="store_true", help="one round")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
@@ -74,7 +75,7 @@ def main() -> None:
             "Wasserstein, group norm": lambda: penalised("group").backward(),
             "Wasserstein, per sample": lambda: penalised("sample").backward(),
         },
-        args.rounds,
+        1 if args.quick else args.rounds,
         args.device,
     )
     base = spent["plain, eager attention"]

@@ -46,6 +46,16 @@ class PeakMemory(TorchDispatchMode):
         self.live -= size
 
 
+class Launches(TorchDispatchMode):
+    """Counts the operations that a GPU would launch: views launch nothing."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
 def peak_memory(solve: Callable[[], object], device: str) -> int:
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()

@@ -4,7 +4,8 @@
 
 Per ambiguity set: `fit` of a full memory, once per optimizer step; `ratio_1` and `ratio_8`, the rule asked
 about one and eight new losses; `call`, a whole call of the reweighter on one loss with its hook, and with
-the commit and fit of the step shared out over the calls of the step. Beside them the bare `sort` and `mean`
+the commit and fit of the step shared out over the calls of the step. `call_launches` is counted, not timed: the
+operations of one call that an accelerator would launch one by one. Beside them the bare `sort` and `mean`
 of the remembered losses. All of them run interleaved in the same rounds; a time is the median over rounds.
 """
 
@@ -15,13 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from measuring import Row, interleaved, machine, print_table, write_csv
+from measuring import Launches, Row, interleaved, machine, print_table, write_csv
 from weight_solver_throughput import SETS
 
 from robustgrad import AmbiguitySet, Reweighter
 
 CALLS = 32  # micro-batches of one sample per optimizer step
-HEADS = ["set", "memory", "fit_us", "ratio_1_us", "ratio_8_us", "call_us", "sort_us", "mean_us"]
+HEADS = ["set", "memory", "fit_us", "ratio_1_us", "ratio_8_us", "call_us", "sort_us", "mean_us", "call_launches"]
 
 
 def step_of(ambiguity: AmbiguitySet, memory: int, device: str) -> Callable[[], None]:
@@ -37,6 +38,18 @@ def step_of(ambiguity: AmbiguitySet, memory: int, device: str) -> Callable[[], N
     for _ in range(memory // CALLS + 2):
         step()
     return step
+
+
+def launches_of_call(ambiguity: AmbiguitySet, memory: int) -> int:
+    """Counted on tensors without values: off the CPU nothing looks at them."""
+    reweighter, losses = Reweighter(ambiguity, memory=memory), torch.empty(CALLS, device="meta").requires_grad_()
+    reweighter(losses)
+    reweighter.step()
+    reweighter(losses * 1)
+    one = losses[:1] * 1
+    with Launches() as counted:
+        reweighter(one)
+    return counted.count
 
 
 def measure(ambiguity: AmbiguitySet, memory: int, rounds: int, device: str) -> Row:
@@ -63,7 +76,8 @@ def measure(ambiguity: AmbiguitySet, memory: int, rounds: int, device: str) -> R
         device,
     )
     spent["call"] /= CALLS
-    return {"set": repr(ambiguity), "memory": memory, **{f"{name}_us": round(us, 2) for name, us in spent.items()}}
+    times = {f"{name}_us": round(us, 2) for name, us in spent.items()}
+    return {"set": repr(ambiguity), "memory": memory, **times, "call_launches": launches_of_call(ambiguity, memory)}
 
 
 def main() -> None:

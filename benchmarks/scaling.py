@@ -15,16 +15,15 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from measuring import Row, machine, print_table, write_csv
-from torch.utils._python_dispatch import TorchDispatchMode
+from measuring import Launches, Row, machine, print_table, write_csv
 
 from robustgrad import ChiSquare
 from robustgrad.distributed import Ranks
@@ -35,16 +34,6 @@ ON_PAPER = (8, 64, 256, 1024)
 BYTES = 32  # a sample: score, weight, group, ratio
 AMBIGUITY = ChiSquare(0.5)
 HEADS = ["how", "ranks", "samples", "mib_per_rank", "collectives", "exchange_ms", "solve_ms", "percent_of_1s_step"]
-
-
-class Launches(TorchDispatchMode):
-    """Counts the operations that a GPU would launch: views launch nothing."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += not func.is_view
-        return func(*args, **(kwargs or {}))
 
 
 def seconds_of(run: Callable[[], object], rounds: int) -> float:
@@ -122,6 +111,24 @@ def launches() -> int:
     return mode.count
 
 
+def draw(rows: list[Row], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panel = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for number, size in enumerate(sorted({one["samples"] for one in rows})):
+        for how, line in (("measured", "o-"), ("on paper", "o:")):
+            points = [one for one in rows if one["samples"] == size and one["how"] == how]
+            ranks, share = [one["ranks"] for one in points], [one["percent_of_1s_step"] for one in points]
+            panel.loglog(ranks, share, line, color=f"C{number}", label=f"{size:,} samples, {how}", markersize=4)
+    panel.set(xlabel="ranks", ylabel="percent of a step of 1 s: exchange and solve")
+    panel.legend(fontsize=8)
+    panel.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two numbers of ranks, small sizes, in seconds")
@@ -134,7 +141,10 @@ def main() -> None:
     about = {**machine("cpu"), "threads": 1, **found, "launches_per_solve": launches()}
     rows += on_paper(rows, latency, per_byte)
     print_table(rows, HEADS, about)
-    write_csv(arguments.out / "scaling.csv", rows, about)
+    path = arguments.out / "scaling.csv"
+    write_csv(path, rows, about)
+    if find_spec("matplotlib"):
+        draw(rows, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -111,12 +111,15 @@ def boolean_mask(mask: Tensor, losses: Tensor) -> None:
         raise TypeError(f"mask must be bool (True where the entry is real), got {mask.dtype}. Use mask.bool().")
 
 
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
+
 def readable(tensor: Tensor) -> bool:
     """Whether code may look at the values and choose its way: on the CPU that waits for nothing, but it would
     break a trace in two, and under vmap there are many values in the place of one."""
     if not tensor.is_cpu or torch.compiler.is_compiling():
         return False
-    return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return not _is_wrapped(tensor)
 
 
 def base_weights(base: Tensor, losses: Tensor) -> None:

@@ -89,6 +89,24 @@ def test_the_name_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _kernel.chosen(None) == _kernel.chosen("triton") == "triton"
 
 
+def test_where_the_kernel_does_not_run_torch_does_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_compiler(*arguments: Any) -> torch.Tensor:
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(_kernel, "_launch", no_compiler)
+    with pytest.warns(UserWarning, match=r"does not run on cpu.*find C compiler.*ROBUSTGRAD_KERNEL=torch"):
+        assert not _kernel._tried_on(torch.device("cpu"))
+    monkeypatch.setattr(_kernel, "_NAME", "triton")
+    with pytest.raises(RuntimeError, match="C compiler"):
+        _kernel._tried_on(torch.device("cpu"))
+
+
+def test_an_old_gpu_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_kernel, "_runs", {})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    assert not _kernel._runs_on(torch.device("cuda", 0))
+
+
 def test_the_variable_is_read() -> None:
     run = python("-c", "import robustgrad", ROBUSTGRAD_KERNEL="cuda")
     assert "ROBUSTGRAD_KERNEL must be" in run.stderr

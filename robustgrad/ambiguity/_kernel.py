@@ -1,6 +1,7 @@
 """Which way a worst case is solved: by a Triton kernel, one launch, or by torch's own operations.
 
-The kernel takes CUDA tensors of at most 4096 losses in a row where Triton is installed; torch does the rest.
+The kernel takes CUDA tensors of at most 4096 losses in a row where Triton is installed and runs; torch does the
+rest: longer rows, the fit of a memory, Apple's GPUs.
 The environment variable ROBUSTGRAD_KERNEL=torch|triton, read at import, chooses by hand: "torch" never uses
 the kernel, "triton" insists on Triton being there. Under Triton's interpreter (TRITON_INTERPRET=1) "triton"
 takes CPU tensors as well, slowly: that is for tests.
@@ -9,6 +10,7 @@ takes CPU tensors as well, slowly: that is for tests.
 from __future__ import annotations
 
 import os
+import warnings
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -44,6 +46,7 @@ def chosen(name: str | None) -> str:
 
 _NAME = os.environ.get("ROBUSTGRAD_KERNEL")
 _TRITON = chosen(_NAME) == "triton"
+_runs: dict[torch.device, bool] = {}
 _INTERPRETED = bool(_TRITON and _NAME) and os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -51,7 +54,30 @@ def takes(losses: Tensor) -> bool:
     """Whether the kernel solves these losses."""
     if not (losses.is_cuda or _INTERPRETED) or not _TRITON or losses.shape[-1] > _LONGEST:
         return False
-    return not losses.is_cuda or torch.cuda.get_device_capability(losses.device)[0] >= _OLDEST
+    return not losses.is_cuda or _runs_on(losses.device)
+
+
+def _runs_on(device: torch.device) -> bool:
+    """Whether the kernel runs there; a trace, in which nothing can be tried, takes it only where that is known."""
+    if device not in _runs and not torch.compiler.is_compiling():
+        _runs[device] = torch.cuda.get_device_capability(device)[0] >= _OLDEST and _tried_on(device)
+    return _runs.get(device, False)
+
+
+def _tried_on(device: torch.device) -> bool:
+    """One launch: Triton is there with most builds of torch, the C compiler that it needs is not always."""
+    try:
+        _launch(torch.zeros(1, device=device), None, None, "plain", [])
+    except Exception as error:
+        if _NAME:
+            raise
+        warnings.warn(
+            f"The Triton kernel does not run on {device}, so torch's own operations solve: {error}. "
+            "Triton needs a C compiler; set ROBUSTGRAD_KERNEL=torch to leave it out without this warning.",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 def solve(recipe: Recipe, losses: Tensor, base: Tensor | None, mask: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .._checks import readable
-from ._sorted import cumsum
+from ._sorted import ascending, cumsum
 
 _LONG = 1024  # losses in a row from which on a CPU takes the rows one by one rather than sort them
 _PASSES = 24  # of elimination; ordinary losses need about 6
@@ -81,12 +81,12 @@ class _Prefixes(NamedTuple):
 
     @classmethod
     def of(cls, drop: Tensor, base: Tensor | None) -> _Prefixes:
-        # What has no mass goes below all others: among ties of -inf it would count as active without them.
-        ordered, order = (drop if base is None else torch.where(base > 0, drop, 2 * drop - 1)).sort(-1, descending=True)
         if base is None:
-            n = drop.shape[-1]
+            ordered, n = ascending(drop).flip(-1), drop.shape[-1]
             counts = torch.linspace(0.0, 1.0, n + 1, device=drop.device, dtype=drop.dtype)
             return cls(ordered, 1 / n, counts[:-1], counts[1:], None)
+        # What has no mass goes below all others: among ties of -inf it would count as active without them.
+        ordered, order = torch.where(base > 0, drop, 2 * drop - 1).sort(-1, descending=True)
         p = base.gather(-1, order)
         mass = cumsum(p)
         # Shifted sums rather than differences: a small mass beside a large one would cancel.
@@ -149,7 +149,7 @@ def _eliminate(drop: Tensor, base: Tensor | None, limit: Limit) -> Line:
             edge = -math.inf if too_few else max(edge, min(zero, -_TINY))
             before = moments
             continue
-        found = _line_of(drop, base, keep, limit)
+        found = _line_of(drop, base, keep, moments[0], limit)
         if found.height > 0.0:
             return found
         edge = float(found.least)
@@ -175,10 +175,10 @@ def _zero(moments: list[float], n: int, limit: Limit) -> float:
     return mean - math.sqrt(variance / budget) if budget > 0.0 else -math.inf
 
 
-def _line_of(drop: Tensor, base: Tensor | None, keep: Tensor, limit: Limit) -> Line:
-    """The line of the kept losses, without cancellation; of height 0 if the smallest is not active."""
+def _line_of(drop: Tensor, base: Tensor | None, keep: Tensor, total: float, limit: Limit) -> Line:
+    """The line of the kept losses, of weight `total`, without cancellation; of height 0 if the smallest is not
+    active."""
     n, weight = (len(drop), keep) if base is None else (1, base * keep)
-    total = weight.sum().item()
     mass, rest = total / n, (n - total) / n if base is None else (base - weight).sum().item()
     least = (drop * keep).amin().item()
     rise = drop - least

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -120,6 +121,11 @@ class Problem(NamedTuple):
     def finish(self, ratio: Tensor) -> Tensor:
         """0 on excluded entries."""
         return ratio if self.valid is None else torch.where(self.valid, ratio, 0.0)
+
+
+def compared(compare: Callable[..., Tensor], losses: Tensor, other: Tensor) -> Tensor:
+    """1 where it holds and else 0, in the losses' own type: sums and products of booleans cost twice as much."""
+    return compare(losses, other, out=torch.empty_like(losses))
 
 
 def _lowest(given: torch.dtype, wide: torch.dtype) -> float:

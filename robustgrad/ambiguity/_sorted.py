@@ -1,4 +1,7 @@
-"""Order statistics that the sets are built from: quantiles, top shares, cumulative sums."""
+"""Order statistics that the sets are built from: quantiles, top shares, cumulative sums.
+
+On the CPU numpy sorts and selects: it uses the vector instructions of the processor, torch does not.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,13 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from .._checks import readable
-from ._problem import Problem, all_equal
-
-_LONG = 2**16  # losses in a row from which on the selection is confined to a part of them
-_SAMPLE = 2**12
+from ._problem import Problem, all_equal, compared
 
 
 def cumsum(values: Tensor) -> Tensor:
@@ -52,25 +53,14 @@ def quantile(problem: Problem, mass: float) -> Tensor:
 
 def _kth(losses: Tensor, k: int) -> Tensor:
     """The k-th smallest of each row, (..., 1)."""
-    inside, below = (losses, 0) if losses.dim() > 1 or len(losses) < _LONG else _around(losses, k)
-    return inside.kthvalue(k - below, -1, keepdim=True).values
-
-
-def _around(losses: Tensor, k: int) -> tuple[Tensor, int]:
-    """Part of a long row that holds its k-th smallest, and how many lie below that part; all if that fails.
-
-    A sample tells between which two losses to look, so the selection reads few of them more than once.
-    """
     if not readable(losses):
-        return losses, 0
-    some = losses[:: len(losses) // _SAMPLE].sort().values
-    place, slack = k / len(losses) * len(some), 4 * math.isqrt(len(some))
-    low, high = int(place) - slack, int(place) + slack
-    lowest = some[low].item() if low >= 0 else -math.inf
-    highest = some[high].item() if high < len(some) else math.inf
-    inside = losses.masked_select((losses >= lowest) & (losses <= highest))
-    below = int((losses < lowest).sum())
-    return (inside, below) if below < k <= below + len(inside) else (losses, 0)
+        return losses.kthvalue(k, -1, keepdim=True).values
+    return torch.from_numpy(np.partition(losses.numpy(), k - 1)[..., k - 1 : k])
+
+
+def ascending(values: Tensor) -> Tensor:
+    """The values of each row in ascending order."""
+    return torch.from_numpy(np.sort(values.numpy())) if readable(values) else values.sort(-1).values
 
 
 def top_share(problem: Problem, mass: float) -> Tensor:
@@ -79,8 +69,7 @@ def top_share(problem: Problem, mass: float) -> Tensor:
     1 above the quantile, 0 below, and equal for the ties on it; the mean under the base is `mass`.
     """
     edge = quantile(problem, mass)
-    # In the losses' own type: sums and products of booleans cost twice as much.
-    above, tied = problem.losses.clone().gt_(edge), problem.losses.clone().eq_(edge)
+    above, tied = compared(torch.gt, problem.losses, edge), compared(torch.eq, problem.losses, edge)
     boundary = ((mass - problem.expect(above)) / problem.expect(tied)).clamp_(0.0, 1.0)
     return above.addcmul_(tied, boundary.add_(problem.poison))
 
@@ -108,7 +97,7 @@ class Ranked:
     @classmethod
     def of(cls, losses: Tensor, weight: Tensor) -> Ranked:
         if all_equal(weight):
-            ordered = losses.sort().values
+            ordered = ascending(losses)
             counts = torch.arange(len(weight) + 1, dtype=weight.dtype, device=weight.device)
             mass = counts.mul_(weight[0])
         else:

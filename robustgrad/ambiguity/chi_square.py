@@ -75,7 +75,8 @@ class ChiSquare(AmbiguitySet):
         return problem.below_top() if self.penalty is None else (problem.distance(), 1.0)
 
     def _line(self, drop: Tensor, unit: Tensor | float, base: Tensor | None) -> Line:
-        return line(drop, base, self._limit._replace(penalty=self.penalty and self.penalty / unit))
+        limit = self._limit
+        return line(drop, base, limit if self.penalty is None else Limit(0.0, self.penalty / unit))
 
     @property
     def _limit(self) -> Limit:

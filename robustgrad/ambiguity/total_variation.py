@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _checks
 from ._kernel import Recipe
-from ._problem import Problem
+from ._problem import Problem, compared
 from ._sorted import Ranked, quantile, top_share
 from .base import AmbiguitySet
 
@@ -81,13 +81,14 @@ class TotalVariation(AmbiguitySet):
             return problem.plain()
         kept, moved = top_share(problem, 1 - self._moved()), self._moved()
         if self.cap is None:
-            best = problem.losses.clone().eq_(problem.top)
+            best = compared(torch.eq, problem.losses, problem.top)
             return kept.addcmul_(best, problem.expect(best).reciprocal_(), value=moved)
         return kept.add_(top_share(problem, moved / (self.cap - 1)), alpha=self.cap - 1)
 
     def _penalised(self, problem: Problem) -> Tensor:
         losses, edge = problem.losses, problem.top - self._price()
-        kept, gone, best = losses.clone().ge_(edge), losses.clone().lt_(edge), losses.clone().eq_(problem.top)
+        kept, gone = compared(torch.ge, losses, edge), compared(torch.lt, losses, edge)
+        best = compared(torch.eq, losses, problem.top)
         received = (problem.expect(gone) / problem.expect(best)).add_(problem.poison)
         return kept.addcmul_(best, received)
 
