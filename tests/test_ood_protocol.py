@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -91,6 +91,18 @@ def test_a_language_model_runs_once(module: Callable[[str], ModuleType], folder:
     results = module("evidence.results").Results(out)
     cell = (module("evidence.truth").Truth(), "minilm LoRA")
     assert results.right(cell, "TV .1", "mine", "travel").shape == (1, 5)
+
+
+def test_rows_of_other_data_do_not_mix(
+    module: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    protocol = module("ood_protocol")
+    monkeypatch.setattr(protocol, "_protocol", SimpleNamespace(about=lambda: {"steps": 250}), raising=False)
+    for _ in range(2):
+        protocol.describe(tmp_path)
+    monkeypatch.setattr(protocol, "_protocol", SimpleNamespace(about=lambda: {"steps": 4}))
+    with pytest.raises(ValueError, match="runs of other data, seeds or steps"):
+        protocol.describe(tmp_path)
 
 
 def test_a_folder_without_training_pairs_is_an_error(module: Callable[[str], ModuleType], tmp_path: Path) -> None:
