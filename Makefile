@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test fuzz lint bench clean
+.PHONY: demo test fuzz docs lint bench clean
 
 demo: $(READY)
 	$(BIN)/python examples/reward_model.py $(ARGS)
@@ -15,6 +15,10 @@ test: $(READY)
 # A million random problems, each proved feasible and optimal; about a minute.
 fuzz: $(READY)
 	$(BIN)/python tests/fuzz.py $(ARGS)
+
+# The documentation as a site, every warning an error; open site/index.html.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
@@ -33,4 +37,4 @@ $(READY): setup.cfg pyproject.toml constraints.txt tests/no-deps.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info runs
+	rm -rf $(VENV) build dist *.egg-info runs site

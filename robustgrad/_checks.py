@@ -92,11 +92,14 @@ def whole(name: str, value: int, low: int, remedy: str) -> int:
 def fits(name: str, tensor: Tensor, losses: Tensor) -> None:
     """`tensor` belongs to the same samples: the shape of `losses`, or (n,) shared by all rows."""
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}. Use torch.as_tensor({name}).")
+        texts = isinstance(tensor, (list, tuple)) and any(isinstance(entry, str) for entry in tensor)
+        remedy = "Number them: an integer id for each name" if texts else f"Use torch.as_tensor({name})"
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}. {remedy}.")
     if tensor.shape != losses.shape and tensor.shape != losses.shape[-1:]:
+        shared = "" if losses.dim() == 1 else f" or ({losses.shape[-1]},)"
         raise ValueError(
-            f"{name} must have the shape of losses {tuple(losses.shape)} or ({losses.shape[-1]},), "
-            f"got {tuple(tensor.shape)}. Give one entry per sample."
+            f"{name} must have the shape of losses {tuple(losses.shape)}{shared}, got {tuple(tensor.shape)}. "
+            "Give one entry per sample."
         )
     if tensor.device != losses.device:
         raise ValueError(

@@ -210,7 +210,7 @@ class BatchPool(SolvedPool):
             return
         self._warned = True
         effect = "is plain averaging" if n == 1 else "puts all weight on its largest loss"
-        larger = f", or calls of more than {least:.0f} samples" if least < math.inf else ""
+        larger = f", or calls of at least {math.floor(least) + 1} samples" if least < math.inf else ""
         warnings.warn(
             f"{self.ambiguity!r} over a batch pool of {n} {effect}: nothing is robust about such a step. "
             f'Use pool="memory" (the default){larger}.',

@@ -41,11 +41,7 @@ def robust_loss(
         >>> robust_loss(torch.tensor([1.0, 2.0, 3.0, 4.0]), CVaR(0.5))
         tensor(3.5000)
     """
-    _checks.floating("losses", losses)
-    if losses.dim() != 1:
-        raise ValueError(
-            f"losses must have shape (n,), got {tuple(losses.shape)}. Use losses.flatten(), one entry per sample."
-        )
+    _checks.per_sample("losses", losses)
     scores = losses.detach()
     if groups is not None:
         _checks.integer_ids(groups, losses)

@@ -69,7 +69,7 @@ def test_evaluation_needs_no_gradient() -> None:
 @pytest.mark.parametrize(
     ("losses", "options", "message"),
     [
-        (torch.rand(2, 2), {}, r"\(n,\), got \(2, 2\).*flatten"),
+        (torch.rand(2, 2), {}, r"\(n,\), got \(2, 2\).*one entry per sample"),
         (torch.arange(3), {}, "int64"),
         (torch.rand(0), {}, "n >= 1"),
         (torch.rand(3), {"groups": torch.rand(3)}, "integer ids"),

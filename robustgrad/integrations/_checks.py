@@ -21,7 +21,7 @@ def plain_trainer(trainer: Any) -> None:
 def is_trainer(trainer: Any) -> None:
     if not isinstance(trainer, Trainer):
         raise TypeError(
-            f"trainer must be a Trainer instance, got {trainer!r}. "
+            f"trainer must be a Trainer instance, got {type(trainer).__name__}. "
             "For a loop of your own use robustgrad.RobustOptimizer and its capture()."
         )
 
