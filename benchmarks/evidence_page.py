@@ -29,7 +29,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of rows (default: %(default)s)")
     parser.add_argument("--page", type=Path, default=PAGE, help="file to write (default: %(default)s)")
     args = parser.parse_args(argv)
-    args.page.write_text(text(args.results, args.page), encoding="utf-8")
+    try:
+        written = text(args.results, args.page)
+    except (ValueError, OSError) as problem:
+        parser.error(str(problem))
+    args.page.write_text(written, encoding="utf-8")
     draw(Results(args.results), args.results)
     print(f"wrote {args.page}")
 

@@ -1,7 +1,9 @@
 """Does robustness help out of distribution, when, and against which cheap alternatives?
 
-    python benchmarks/ood_protocol.py --data FOLDER [--seeds 10] [--jobs 2] [--out benchmarks/results/ood_protocol]
-    python benchmarks/evidence_page.py        # docs/evidence.md and its pictures, from what is in --out
+    python benchmarks/ood_protocol.py --data FOLDER [--out runs/ood_protocol] [--seeds 10] [--jobs 2]
+    python benchmarks/evidence_page.py --results runs/ood_protocol --page runs/ood_protocol/page.md
+
+Ours are in benchmarks/results/ood_protocol, and docs/evidence.md is the page of them.
 
 FOLDER holds `train.jsonl` (or .jsonl.gz), perhaps `validation.jsonl`, and any number of other files of pairs with
 prompt, chosen, rejected and perhaps domain: each of them is an evaluation set, and chooses nothing. Every method
@@ -11,8 +13,8 @@ trains once, on the same batches. Two tiers, kept apart:
              the evaluation set that has most pairs of the two
     human    the labels of the files, on all evaluation sets
 
-Models are heads on frozen MiniLM features; `ood_language.py` trains language models. Every run is a JSON line. What is
-there already is not run again, so an interrupted command goes on where it was.
+Models are heads on frozen MiniLM features; `ood_protocol_language.py` trains language models. Every run is a JSON
+line. What is there already is not run again, so an interrupted command goes on where it was.
 """
 
 from __future__ import annotations
@@ -29,9 +31,8 @@ from evidence.protocol import Protocol
 from evidence.runs import Row, append_rows, read_rows
 from evidence.studies import Study, studies
 from measuring import machine
-from pair_files import DataError
 
-RESULTS = Path(__file__).parent / "results" / "ood_protocol"
+OUT = Path("runs/ood_protocol")
 Job = tuple[int, str]  # the place of a study among all, and a method
 _given: tuple[object, ...] = ()  # what this process was started with
 _protocol: Protocol
@@ -65,10 +66,19 @@ def missing(rows: list[Row]) -> list[Job]:
     return jobs
 
 
+def describe(folder: Path) -> None:
+    """Write beside the rows what they are about. Raises: ValueError: those there are about something else."""
+    path, about = folder / "about.json", _protocol.about()
+    if path.exists() and not about.items() <= json.loads(path.read_text(encoding="utf-8")).items():
+        raise ValueError(f"{folder} holds runs of other data, seeds or steps. Give another folder: --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(about | machine("cpu"), indent=1) + "\n", encoding="utf-8")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of preference pairs")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the rows (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder for the rows (default: %(default)s)")
     parser.add_argument("--cache", type=Path, default=cache_folder(), help="of embeddings (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=250, help="of 64 pairs (default: %(default)s)")
@@ -80,12 +90,11 @@ def main(argv: list[str] | None = None) -> None:
     arguments = (args.smoke, args.data, args.cache, args.seeds, args.steps)
     try:
         start(*arguments)
-    except (DataError, OSError) as problem:
+        describe(args.out)
+    except (ValueError, OSError) as problem:
         parser.error(str(problem))
     path = args.out / "runs.jsonl"
     jobs = missing(read_rows(path))
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "about.json").write_text(json.dumps(_protocol.about() | machine("cpu"), indent=1) + "\n")
     if _protocol.known is None:
         print("No known tier: it takes two domains, each in train, validation and one evaluation set.")
     print(f"{len(jobs)} runs of {args.seeds} seeds to do", flush=True)

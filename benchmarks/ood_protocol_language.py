@@ -23,7 +23,7 @@ from evidence.runs import append_rows, read_rows
 from evidence.studies import BASE, Study
 from evidence.tasks import Task, first_of_each, part_of
 from lora_scorer import Scorer, load_tokenizer, packaged_model
-from ood_protocol import RESULTS
+from ood_protocol import OUT
 from small_models import language_model
 
 CHOSEN = ("plain", "TV .1", "chi-square .1", "inverse frequency")
@@ -96,7 +96,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     add("--max-length", type=int, default=64, help="tokens of a sequence (default: %(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--threads", type=int, default=1)
-    add("--out", type=Path, default=RESULTS, help="folder for the rows (default: %(default)s)")
+    add("--out", type=Path, default=OUT, help="folder for the rows (default: %(default)s)")
     add("--cache", type=Path, default=cache_folder(), help="of embeddings and models (default: %(default)s)")
     return parser.parse_args(argv)
 

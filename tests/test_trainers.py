@@ -100,6 +100,19 @@ def test_precision_and_checkpointing(case: Case, options: dict[str, Any], tmp_pa
     assert tiny.relative_error(got, want) < (0.2 if "bf16" in options else 1e-5)
 
 
+@pytest.mark.filterwarnings("ignore")  # of the compiler
+def test_torch_compile(tmp_path: Path) -> None:
+    """A reward model's losses are made outside of it; beside TRL's fused LM head torch's compiler fails."""
+    compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
+    trainer = REWARD.build(tmp_path, **compiled)
+    want = expected(REWARD, trainer)
+    assert tiny.relative_error(one_step(robustify(trainer, SET, pool="window")), want) < 1e-5
+    assert hasattr(trainer.model_wrapped, "_orig_mod")
+    for case in (DPO, KTO, SFT):
+        with pytest.raises(ValueError, match=r"torch_compile must be False for .*fused LM head"):
+            robustify(case.build(tmp_path, **compiled), SET)
+
+
 def test_gradients_are_clipped_after_reweighting(tmp_path: Path) -> None:
     got = one_step(robustify(REWARD.build(tmp_path, 2, 4, max_grad_norm=0.5), SET, pool="window"))
     torch.testing.assert_close(got.norm(), torch.tensor(0.5))
@@ -171,7 +184,7 @@ def test_a_survey_in_train_mode_sees_the_masks_of_its_step(survey: str, tmp_path
     same = [entry["robust/mean"] == pytest.approx(entry["loss"], rel=1e-4) for entry in straight + resumed[2:]]
     assert same == [survey == "train"] * 6
     for again, once in zip(resumed[2:], straight[2:], strict=True):
-        assert all(again[key] == once[key] for key in ("loss", "grad_norm", "robust/value"))
+        assert all(again[key] == once[key] for key in ("loss", "robust/value"))
 
 
 def test_resuming_a_plain_run_says_that_the_memory_is_empty(tmp_path: Path) -> None:

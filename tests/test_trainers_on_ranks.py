@@ -119,6 +119,8 @@ def test_online_dpo(on_ranks: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_sharded_by_fsdp(on_ranks: dict[str, Any], tmp_path: Path) -> None:
+    if "sharded window" not in on_ranks:
+        pytest.skip("this Accelerate sets FSDP up on accelerators only")
     check_first_step(on_ranks["sharded window"], expected(REWARD, REWARD.build(tmp_path)))
     trainer = REWARD.build(tmp_path, train_dataset=REWARD.dataset(10 * N))
     check_steps(on_ranks["sharded memory"], ten_remembered_steps(REWARD, trainer))

@@ -20,11 +20,15 @@ from transformers import Trainer
 _OBJECTS = ("peft_config", "model", "train_dataset", "eval_dataset", "data_collator", "callbacks", "ref_model")
 
 
-def log_probability(model: nn.Module, prompt: list[int], completion: list[int]) -> Tensor:
-    """Of the completion given the prompt: alone, unpadded."""
+def log_probabilities(model: nn.Module, prompt: list[int], completion: list[int]) -> Tensor:
+    """Of the tokens of the completion given the prompt: alone, unpadded."""
     ids = torch.tensor([prompt + completion])
     rows = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
-    return rows[torch.arange(len(rows)), ids[0, 1:]][len(prompt) - 1 :].sum()
+    return rows[torch.arange(len(rows)), ids[0, 1:]][len(prompt) - 1 :]
+
+
+def log_probability(model: nn.Module, prompt: list[int], completion: list[int]) -> Tensor:
+    return log_probabilities(model, prompt, completion).sum()
 
 
 def log_ratio(model: nn.Module, reference: nn.Module, row: Row, name: str = "completion_ids") -> Tensor:
@@ -71,6 +75,12 @@ def kto_loss(model: nn.Module, reference: nn.Module, row: Row, kl: Tensor | floa
 def sft_loss(model: nn.Module, reference: nn.Module, row: Row) -> Tensor:
     """The sum over its tokens; see `Case.by_token`."""
     return -log_probability(model, row["input_ids"][:1], row["input_ids"][1:])
+
+
+def dft_loss(model: nn.Module, reference: nn.Module, row: Row) -> Tensor:
+    """Each token's log-probability times its own probability, which is held fixed."""
+    logp = log_probabilities(model, row["input_ids"][:1], row["input_ids"][1:])
+    return -(logp.exp().detach() * logp).sum()
 
 
 @dataclass(frozen=True)
@@ -124,8 +134,9 @@ DPO = Case(trl.DPOTrainer, trl.DPOConfig, dpo_loss)
 HINGE = Case(trl.DPOTrainer, trl.DPOConfig, hinge_loss, (("loss_type", ["hinge"]),))
 KTO = Case(trl.KTOTrainer, trl.KTOConfig, kto_loss, (("loss_type", "apo_zero_unpaired"),))
 SFT = Case(trl.SFTTrainer, trl.SFTConfig, sft_loss, by_token=True)
+DFT = Case(trl.SFTTrainer, trl.SFTConfig, dft_loss, (("loss_type", "dft"),), by_token=True)
 MAIN = {"reward": REWARD, "dpo": DPO, "kto": KTO, "sft": SFT}
-CASES = MAIN | {"reward, centred": CENTRED, "dpo hinge": HINGE}
+CASES = MAIN | {"reward, centred": CENTRED, "dpo hinge": HINGE, "sft dft": DFT}
 
 
 def expected(case: Case, trainer: Trainer, ambiguity: Any = SET) -> Tensor:

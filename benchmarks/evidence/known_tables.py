@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 
 from .comparisons import MAJORITY, MINORITY, Comparison, table
-from .methods import KEY_METHODS, POOLS, RADII
+from .methods import GROUP_RADII, KEY_METHODS, POOLS, RADII
 from .results import Cell, Results
 from .studies import BASE, CONFLICTS, NOISES, SHARES
 from .truth import Truth
@@ -21,26 +21,38 @@ CELLS: dict[str, dict[str, Cell]] = {
 
 def methods(results: Results, cell: Cell) -> list[str]:
     """All methods in one cell, below the floors."""
-    head = ["method", "majority", "minority", "majority - plain", "minority - plain (95%)", "worst-case loss",
-            "its difference (95%)", "ECE", "length-controlled"]  # fmt: skip
+    head = ["method", "majority", "minority", "majority - plain", "minority - plain (95%)", "loss", "worst-case loss",
+            "its difference (95%)", "worst-case loss, chi-square .1", "ECE", "length-controlled"]  # fmt: skip
     own = Comparison(results, cell)
-    return table(head, [*_floors(results, cell), *(_method(own, method) for method in own.methods)])
+    no_opinion = [f"{math.log(2):.3f}"] * 2
+    return table(
+        head,
+        [
+            *(_floor(results, cell, *floor) for floor in _FLOORS),
+            ["*no opinion*", "0.500", "0.500", "", "", *no_opinion, "", no_opinion[0], "0.000", "0.500"],
+            *(_method(own, method) for method in own.methods),
+        ],
+    )
 
 
 def _method(own: Comparison, method: str) -> list[object]:
     gains: list[object] = ["", "", ""]
     if method != "plain":
         gains = [own.gain(method, MAJORITY).short, own.gain(method, MINORITY), own.more_loss(method)]
-    return [method, *(f"{own.accuracy(method, which):.3f}" for which in (MAJORITY, MINORITY)), *gains[:2],
-            f"{own.value(method, 'tv10'):.3f}", gains[2],
-            *(f"{own.value(method, name):.3f}" for name in ("ece", "length_controlled"))]  # fmt: skip
+    reached = [f"{own.accuracy(method, which):.3f}" for which in (MAJORITY, MINORITY)]
+    loss, worst, chi, ece, controlled = (
+        f"{own.value(method, name):.3f}" for name in ("loss", "tv10", "chi10", "ece", "length_controlled")
+    )
+    return [method, *reached, *gains[:2], loss, worst, gains[2], chi, ece, controlled]
 
 
-def _floors(results: Results, cell: Cell) -> Iterator[list[str]]:
-    for name, capacity, method in (("longer wins", "none", "longer wins"), ("bag of words", "bag of words", "plain")):
-        own = Comparison(results, (cell[0], capacity))
-        reached = [f"{own.accuracy(method, which):.3f}" for which in (MAJORITY, MINORITY)]
-        yield [f"*{name}*", *reached, "", "", "", "", "", f"{own.value(method, 'length_controlled'):.3f}"]
+_FLOORS = (("longer wins", "none", "longer wins"), ("bag of words", "bag of words", "plain"))
+
+
+def _floor(results: Results, cell: Cell, name: str, capacity: str, method: str) -> list[str]:
+    own = Comparison(results, (cell[0], capacity))
+    reached = [f"{own.accuracy(method, which):.3f}" for which in (MAJORITY, MINORITY)]
+    return [f"*{name}*", *reached, *[""] * 7, f"{own.value(method, 'length_controlled'):.3f}"]
 
 
 def factor(results: Results, name: str) -> list[str]:
@@ -62,7 +74,10 @@ def factor(results: Results, name: str) -> list[str]:
 def radii(results: Results) -> list[str]:
     cells = {"": Comparison(results, LINEAR), ", noise 20%": Comparison(results, NOISY)}
     head = [f"{what}{tail}" for tail in cells for what in ("minority", "majority", "worst-case loss")]
-    rows = [[method, *(number for own in cells.values() for number in _three(own, method))] for method in RADII]
+    rows = [
+        [method, *(number for own in cells.values() for number in _three(own, method))]
+        for method in RADII | GROUP_RADII
+    ]
     return table(["set", *head], rows)
 
 

@@ -142,6 +142,12 @@ RADII: dict[str, Make] = {
     for radius in radii
 }
 
+# The same adversary on soft groups of prompts: a radius that moves groups moves less than one that moves prompts.
+GROUP_RADII: dict[str, Make] = {
+    f"TV {radius:g}, soft prompt groups".replace(" 0.", " ."): robust(TotalVariation(radius), RobustSoftGroups)
+    for radius in (0.1, 0.2, 0.4, 0.7)
+}
+
 _POOLED = {"TV .1": TotalVariation(0.1), "chi-square .1": ChiSquare(0.1)}
 # What competes: with the last few hundred losses, or within each micro-batch.
 POOLS: dict[str, Make] = {

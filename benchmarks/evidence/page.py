@@ -144,6 +144,7 @@ def _again() -> list[str]:
         "python benchmarks/ood_protocol.py --data FOLDER --out OUT      # your own pairs, or the same",
         "python benchmarks/evidence_page.py --results OUT --page OUT/page.md",
         "```",
+        "",
         "FOLDER holds `train.jsonl`, perhaps `validation.jsonl`, and any other files of pairs (`prompt`, `chosen`, "
         "`rejected`, perhaps `domain`), each an evaluation set. Embedding comes first and is cached; runs that are "
         "there already are left out.",

@@ -31,7 +31,10 @@ class Results:
         return list(self._of(cell))
 
     def rows(self, cell: Cell, method: str) -> list[Row]:
-        return sorted(self._of(cell)[method], key=lambda row: row["seed"])
+        rows = self._of(cell).get(method, [])
+        if not rows:
+            raise ValueError(f"no runs of {method!r} in {cell}. Let benchmarks/ood_protocol.py finish first.")
+        return sorted(rows, key=lambda row: row["seed"])
 
     def _of(self, cell: Cell) -> dict[str, list[Row]]:
         truth, capacity = cell

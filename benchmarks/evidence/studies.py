@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from .methods import KEY_METHODS, METHODS, POOLS, RADII, Make
+from .methods import GROUP_RADII, KEY_METHODS, METHODS, POOLS, RADII, Make
 from .truth import Truth
 
 SHARES, CONFLICTS, NOISES = (0.01, 0.1, 0.3), (0.0, 0.5, 1.0), (0.0, 0.1, 0.2)
@@ -49,6 +49,6 @@ def studies(smoke: bool = False) -> list[Study]:
         *(Study(truth, "linear", METHODS) for truth in (BASE, None, noisy)),
         *(Study(truth, "mlp", KEY_METHODS) for truth in (BASE, None)),
         *(Study(truth, "linear", KEY_METHODS) for truth in cells),
-        *(Study(truth, "linear", RADII) for truth in (BASE, noisy)),
+        *(Study(truth, "linear", RADII | GROUP_RADII) for truth in (BASE, noisy)),
         Study(BASE, "linear", POOLS),
     ]

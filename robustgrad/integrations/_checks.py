@@ -51,6 +51,15 @@ def loss_outside(trainer: Any) -> None:
         )
 
 
+def not_compiled(trainer: Any) -> None:
+    """Seen with torch 2.13 and TRL 1.16: TypeError: 'torch.device' object is not subscriptable."""
+    if trainer.args.torch_compile:
+        raise ValueError(
+            f"torch_compile must be False for {type(trainer).__name__}, got True: torch's compiler fails on TRL's "
+            "fused LM head while the losses are being captured. Set torch_compile=False."
+        )
+
+
 def _not_fused(args: Any) -> None:
     config = getattr(args, "liger_kernel_config", None) or {}
     if getattr(args, "use_liger_kernel", False) and config.get("fused_linear_cross_entropy", True):

@@ -54,11 +54,16 @@ class _Pairs(CapturingTrainer):
 
 class _DPO(_Pairs):
     def __init__(self, trainer: Any, ambiguity: AmbiguitySet, **options: Any) -> None:
+        _checks.not_compiled(trainer)
         _checks.dpo_losses(trainer.loss_types, options.get("auxiliary") == "keep")
         super().__init__(trainer, ambiguity, **options)
 
 
 class _KTO(CapturingTrainer):
+    def __init__(self, trainer: Any, ambiguity: AmbiguitySet, **options: Any) -> None:
+        _checks.not_compiled(trainer)
+        super().__init__(trainer, ambiguity, **options)
+
     def order(self, inputs: dict[str, Any]) -> Tensor:
         # The losses come sorted: desirable completions first.
         label = torch.as_tensor(inputs["label"], dtype=torch.bool)
@@ -67,6 +72,7 @@ class _KTO(CapturingTrainer):
 
 class _SFT(CapturingTrainer):
     def __init__(self, trainer: Any, ambiguity: AmbiguitySet, **options: Any) -> None:
+        _checks.not_compiled(trainer)
         _checks.not_packed(trainer.args)
         super().__init__(trainer, ambiguity, **options)
 
