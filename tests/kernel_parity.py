@@ -76,7 +76,7 @@ def test_every_row_in_float32(ambiguity: AmbiguitySet) -> None:
     assert_parity(ambiguity, *comparing.stack([case.to(torch.float32) for case in SHORT]))
 
 
-@each_set
+@each_typical
 def test_rows_without_base_or_mask(ambiguity: AmbiguitySet) -> None:
     for case in (inputs.ORDINARY[5], inputs.TIED[0], inputs.POISONED[0]):
         assert_parity(ambiguity, case.losses, None, None)

@@ -36,7 +36,7 @@ def launch(losses: Tensor, base: Tensor | None, mask: Tensor | None, kind: str, 
     if rows == 0:
         return ratio
     tile = Tile.of(rows, n)
-    solve_rows[(triton.cdiv(rows, tile.rows),)](
+    arguments = (
         losses.contiguous(),
         *(losses if given is None else _by_row(given) for given in (base, mask)),
         ratio,
@@ -45,14 +45,19 @@ def launch(losses: Tensor, base: Tensor | None, mask: Tensor | None, kind: str, 
         *(0 if given is None or given.dim() == 1 else n for given in (base, mask)),
         *numbers,
         *[0.0] * (5 - len(numbers)),
-        KIND=kind,
-        FULL=losses.dtype == torch.float64,
-        BASED=base is not None,
-        MASKED=mask is not None,
-        R=tile.rows,
-        N=tile.losses,
-        num_warps=tile.warps,
     )
+    # Triton launches on the current device, which need not be that of the losses.
+    with torch.cuda.device_of(losses):  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        solve_rows[(triton.cdiv(rows, tile.rows),)](
+            *arguments,
+            KIND=kind,
+            FULL=losses.dtype == torch.float64,
+            BASED=base is not None,
+            MASKED=mask is not None,
+            R=tile.rows,
+            N=tile.losses,
+            num_warps=tile.warps,
+        )
     return ratio
 
 

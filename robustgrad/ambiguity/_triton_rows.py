@@ -152,7 +152,8 @@ def _weights(base, mask, row, column, real, base_step, mask_step, BASED: tl.cons
     return weight, total, on, tl.max(bad.to(tl.int32), 1, keep_dims=True) > 0
 
 
-@triton.jit
+# Their values would make no better code, only more of it to compile.
+@triton.jit(do_not_specialize=["rows", "base_step", "mask_step"])
 def solve_rows(
     losses,
     base,
