@@ -26,13 +26,16 @@ CELLS: dict[str, Cell] = {
     "rare": (Truth(share=0.01), "linear"),
     "no conflict": (Truth(conflict=0.0), "linear"),
     "human": HUMAN,
+    "longer wins": (None, "none"),
 }
 
 
-def conclusions(results: Results) -> str:
+def conclusions(results: Results) -> list[str]:
+    """The paragraphs and points, a line each."""
     check(results)
-    text = TEXT.read_text(encoding="utf-8")
-    return re.sub(r"\{([^}]*)\}", lambda field: number(results, *" ".join(field[1].split()).split("|")), text)
+    text = TEXT.read_text(encoding="utf-8").strip()
+    text = re.sub(r"\n +", " ", text)  # a point that goes on
+    return re.sub(r"\{([^}]*)\}", lambda field: number(results, *field[1].split("|")), text).splitlines()
 
 
 def number(results: Results, what: str, cell: str, method: str) -> str:
@@ -50,10 +53,16 @@ def number(results: Results, what: str, cell: str, method: str) -> str:
             return str(own.overall(method))
         case "seen":
             return f"{own.overall(method).smallest:.3f}"
+        case "largest group share":
+            return f"{max(results.about['minority_by_group']):.0%}"
         case "no opinion":
             return f"{math.log(2):.3f}"
-        case "loss" | "mean loss" | "ece" | "accuracy":
-            return f"{own.value(method, {'loss': 'tv10', 'mean loss': 'loss'}.get(what, what)):.3f}"
+        case "mean loss" | "ece" | "accuracy":
+            return f"{own.value(method, what.removeprefix('mean ')):.3f}"
+        case "loss" | "loss best" | "loss average":
+            return f"{own.value(method, 'tv10', what.removeprefix('loss').strip() or 'last'):.3f}"
+    if what.startswith("on "):
+        return str(own.on(method, what.removeprefix("on ")))
     raise ValueError(f"unknown field {what!r} in {TEXT.name}")
 
 
@@ -114,6 +123,19 @@ def _claims(results: Results) -> dict[str, bool]:
         "the MLP serves both better": mlp.value("plain", "worst") > linear.value("plain", "worst"),
         "micro-batches of 1 are plain": abs(linear.gain("TV .1, batch 1", MINORITY).mean) < 0.002,
         "the memory is not": linear.gain("TV .1, memory 1", MINORITY).low > 0.002,
+        "heads hardly learn the human labels": human.value("plain", "accuracy") < 0.55,
+        "large radii pull towards a guess": human.on(large, "eval_llmbar").low > 0
+        and human.on(large, "eval_safety_xstest").high < 0,
+        "the minority prevails in no soft group": max(results.about["minority_by_group"]) < 0.5,
+        "groups are no better a trade": all(
+            own.accuracy("TV .7, soft prompt groups", MINORITY) < own.accuracy(method, MINORITY) + 0.02
+            and own.accuracy("TV .7, soft prompt groups", MAJORITY) < own.accuracy(method, MAJORITY)
+            for own, method in ((linear, "TV .2"), (noisy, "TV .05"))
+        ),
+        "averaging is a little ahead": all(
+            own.value("TV .1", "tv10", "average") < min(own.value("TV .1", "tv10", other) for other in ("last", "best"))
+            for own in (linear, mlp)
+        ),
         "prompt groups do less than TV .1": all(
             own.gain(method, MINORITY).mean < own.gain("TV .1", MINORITY).mean
             for own in (linear, noisy)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
+
 from . import human_tables, known_tables
 from .conclusions import conclusions
 from .heads import HIDDEN
@@ -16,15 +19,24 @@ from .tasks import BATCH
 MLP: Cell = (BASE, "mlp")
 LORA: Cell = (BASE, "minilm LoRA")
 SMOLLM: Cell = (None, "smollm2 LoRA")
+_WIDTH = 118
 
 
 def page(results: Results, pictures: str, *, judged: bool = True) -> str:
     """The whole page; without what was concluded (`judged`) for results other than those it was concluded from."""
     parts = [_head(judged)]
     if judged:
-        parts.append(conclusions(results).splitlines())
+        parts.append(conclusions(results))
     parts += [_what_was_run(results), _known(results, pictures), _human(results), _language(results), _again()]
-    return "\n\n".join("\n".join(part) for part in parts) + "\n"
+    return "\n\n".join("\n".join(map(_wrapped, part)) for part in parts) + "\n"
+
+
+def _wrapped(line: str) -> str:
+    """Prose in lines of a readable length; tables, pictures and code as they are."""
+    if len(line) <= _WIDTH or line.startswith(("|", "!", "#")):
+        return line
+    indent = " " * len(re.match(r"(- |\d\. )?", line)[0])
+    return textwrap.fill(line, _WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _head(judged: bool) -> list[str]:

@@ -18,7 +18,7 @@ from .human import human_task
 from .measures import measured, outcomes
 from .runs import Row, rounded
 from .sets import Sets, read_folder
-from .studies import GROUPS, SHARES, Study
+from .studies import BASE, GROUPS, SHARES, Study
 from .tasks import Task, numbered
 from .training import trained
 from .truth import KnownPairs
@@ -65,8 +65,9 @@ class Protocol:
 
     def about(self) -> Row:
         """What a reader of the rows has to know: the sets, and the domain of every pair in the order of its bits."""
-        known = {}
+        known, by_group = {}, []
         if self.known is not None:
+            by_group = self.known.minority_by_group(self.groups, BASE.share)
             domains = [self.known.domains[which] for which in self.known.test.domain.tolist()]
             known = {self.known.evaluated: _coded(domains)}
         return {
@@ -74,6 +75,7 @@ class Protocol:
             "evals": {name: _coded([pair.domain for pair in pairs]) for name, pairs in self.sets.evals.items()},
             "known": known,
             "known_size": self.size,
+            "minority_by_group": by_group,
             "seeds": len(self.seeds),
             "steps": self.steps,
         }

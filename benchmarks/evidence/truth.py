@@ -99,6 +99,14 @@ class KnownPairs:
         major, minor = (int((self.train.domain == which).sum()) for which in (0, 1))
         return min(min(int(major / (1 - share)), int(minor / share)) for share in shares)
 
+    def minority_by_group(self, groups: PromptGroups, share: float) -> list[float]:
+        """The share of the minority among the training prompts of each soft group, in order of size."""
+        domain = self.train.domain
+        weight = (torch.tensor([1 - share, share]) / domain.bincount(minlength=2))[domain]
+        joint = groups.membership(self._prompts) * weight[:, None]
+        shares = joint[domain == 1].sum(0) / joint.sum(0)
+        return [round(value, 4) for value in shares.sort().values.tolist()]
+
     def task(
         self, truth: Truth, seeds: Sequence[int], size: int, groups: PromptGroups, seen: dict[str, Features]
     ) -> Task:
