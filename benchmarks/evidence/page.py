@@ -135,8 +135,8 @@ def _language(results: Results) -> list[str]:
     if not results.methods(SMOLLM):
         lines += [
             "",
-            "**Tier C, a model that learns the human labels, was not run**: there was no time for it. This runs it, and "
-            "goes on where it was interrupted:",
+            "**Tier C, a model that learns the human labels, was not run**: there was no time for it. This runs it, "
+            "and goes on where it was interrupted:",
             "",
             "```",
             "python benchmarks/ood_protocol_language.py --data FOLDER --tier human --model smollm2",
