@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import transformers
 from evidence.features import cache_folder
 from evidence.language import BATCH, Texts, run_language, swapped
 from evidence.methods import METHODS
@@ -59,9 +60,17 @@ def smollm2(cache: Path) -> str:
     """SmolLM2 as a folder that any class of transformers can load."""
     folder = cache / "smollm2"
     if not folder.exists():
-        model, tokenizer = language_model(None, smoke=False)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        packed, tokenizer = language_model(None, smoke=False)
+        # What was read from a packed file counts as quantized and is not saved; a plain model with its weights is.
+        config = packed.config
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        model.load_state_dict(packed.state_dict())
+        part = folder.with_suffix(".part")
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        part.rename(folder)
     return str(folder)
 
 

@@ -45,3 +45,14 @@ def methods(results: Results, cell: Cell) -> list[str]:
 
 def _means(own: Shifted, method: str) -> list[str]:
     return [f"{own.mean(method, name):.3f}" for name in ("ece", "length_controlled")]
+
+
+def language(results: Results, cell: Cell) -> list[str]:
+    """Accuracy of each method on every set."""
+    names = list(results.about["evals"])
+    rows = [
+        [method, len(results.rows(cell, method)),
+         *(f"{results.right(cell, method, name).mean().item():.3f}" for name in names)]
+        for method in results.methods(cell)
+    ]  # fmt: skip
+    return table(["method", "seeds", *(name.removeprefix("eval_") for name in names)], rows)

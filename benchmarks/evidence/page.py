@@ -122,27 +122,30 @@ def _human(results: Results) -> list[str]:
 
 def _language(results: Results) -> list[str]:
     lines = ["## Language models (tiers A and C)", ""]
-    if rows := [row for method in results.methods(LORA) for row in results.rows(LORA, method)]:
-        lines += [
-            f"MiniLM with LoRA on the texts, known labels, {rows[0]['steps']} steps of {rows[0]['batch']} pairs, "
-            f"judged on the first {rows[0]['most']} pairs of each domain. Steps and pairs are others than above: "
-            "compare the rows of this table only.",
-            "",
-            *known_tables.language(results, LORA),
-        ]
+    if results.methods(LORA):
+        lines += [_about_language(results, LORA), "", *known_tables.language(results, LORA), ""]
     else:
-        lines.append("MiniLM with LoRA was not run.")
-    if not results.methods(SMOLLM):
-        lines += [
-            "",
-            "**Tier C, a model that learns the human labels, was not run**: there was no time for it. This runs it, "
-            "and goes on where it was interrupted:",
-            "",
-            "```",
-            "python benchmarks/ood_protocol_language.py --data FOLDER --tier human --model smollm2",
-            "```",
-        ]
-    return lines
+        lines += ["MiniLM with LoRA was not run.", ""]
+    if results.methods(SMOLLM):
+        return [*lines, _about_language(results, SMOLLM), "", *human_tables.language(results, SMOLLM)]
+    return [
+        *lines,
+        "**Tier C, a model that learns the human labels, was not run**: there was no time for it. This runs it, "
+        "and goes on where it was interrupted:",
+        "",
+        "```",
+        "python benchmarks/ood_protocol_language.py --data FOLDER --tier human --model smollm2",
+        "```",
+    ]
+
+
+def _about_language(results: Results, cell: Cell) -> str:
+    row = results.rows(cell, results.methods(cell)[0])[0]
+    return (
+        f"{cell[1]} on the texts, {'human' if cell[0] is None else 'known'} labels, {row['steps']} steps of "
+        f"{row['batch']} pairs, judged on the first {row['most']} pairs of each domain. Steps and pairs are others than "
+        "above: compare the rows of this table only."
+    )
 
 
 def _again() -> list[str]:
