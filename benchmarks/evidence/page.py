@@ -7,6 +7,7 @@ import textwrap
 from pathlib import Path
 
 from . import human_tables, known_tables
+from .comparisons import MAJORITY, Comparison
 from .conclusions import conclusions
 from .heads import HIDDEN
 from .human_tables import LINEAR as HUMAN
@@ -22,6 +23,7 @@ MLP: Cell = (BASE, "mlp")
 LORA: Cell = (BASE, "minilm LoRA")
 SMOLLM: Cell = (None, "smollm2 LoRA")
 _WIDTH = 118
+_LEARNED = 0.75  # accuracy on the majority from which a run counts as having learned its labels
 
 
 def page(results: Results, pictures: str, *, judged: bool = True) -> str:
@@ -141,11 +143,16 @@ def _language(results: Results) -> list[str]:
 
 def _about_language(results: Results, cell: Cell) -> str:
     row = results.rows(cell, results.methods(cell)[0])[0]
-    return (
+    text = (
         f"{cell[1]} on the texts, {'human' if cell[0] is None else 'known'} labels, {row['steps']} steps of "
-        f"{row['batch']} pairs, judged on the first {row['most']} pairs of each domain. Steps and pairs are others than "
-        "above: compare the rows of this table only."
+        f"{row['batch']} pairs, judged on the first {row['most']} pairs of each domain. Steps and pairs are others "
+        "than above: compare the rows of this table only."
     )
+    if cell[0] is None:
+        return text
+    majority = Comparison(results, cell).accuracy("plain", MAJORITY)
+    learned = "It learned the score." if majority > _LEARNED else "Too few steps to learn the score: this says little."
+    return f"{text} Plain training reaches {majority:.3f} on the majority. {learned}"
 
 
 def _again() -> list[str]:
