@@ -24,10 +24,7 @@ lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 bench: $(READY)
-	$(BIN)/python benchmarks/weight_solver_throughput.py $(ARGS)
-	$(BIN)/python benchmarks/memory_pool_cost.py $(ARGS)
-	$(BIN)/python benchmarks/step_overhead.py $(ARGS)
-	$(BIN)/python benchmarks/capture_overhead.py $(ARGS)
+	$(BIN)/python benchmarks/everything.py $(ARGS)
 
 # Models and trainers whose dependencies the tests do not need are listed apart.
 $(READY): setup.cfg pyproject.toml constraints.txt tests/no-deps.txt
