@@ -12,7 +12,7 @@ from robustgrad.objectives import bradley_terry
 
 from .tasks import Judged
 
-_BINS = 10
+BINS = 10
 # The population's worst cases that are reported: what a shift of the prompts can cost.
 _WORST = {"tv10": TotalVariation(0.1), "tv40": TotalVariation(0.4), "chi10": ChiSquare(0.1)}
 
@@ -51,8 +51,8 @@ def accuracies(right: Tensor, domains: list[str]) -> dict[str, float]:
 def calibration_error(lead: Tensor, right: Tensor) -> float:
     """Expected calibration error of the preferred response's probability, in ten bins of [1/2, 1]."""
     sure = lead.abs().sigmoid()
-    place = ((sure - 0.5) * 2 * _BINS).long().clamp_max(_BINS - 1)
-    gap = torch.zeros(_BINS).index_add(0, place, sure - right)
+    place = ((sure - 0.5) * 2 * BINS).long().clamp_max(BINS - 1)
+    gap = torch.zeros(BINS).index_add(0, place, sure - right)
     return (gap.abs().sum() / len(lead)).item()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
+from pathlib import Path
 
 from . import human_tables, known_tables
 from .conclusions import conclusions
@@ -11,6 +12,7 @@ from .heads import HIDDEN
 from .human_tables import LINEAR as HUMAN
 from .human_tables import MLP as HUMAN_MLP
 from .known_tables import LINEAR, NOISY
+from .measures import BINS
 from .methods import METHODS
 from .results import Cell, Results
 from .studies import BASE, GROUPS
@@ -24,7 +26,7 @@ _WIDTH = 118
 
 def page(results: Results, pictures: str, *, judged: bool = True) -> str:
     """The whole page; without what was concluded (`judged`) for results other than those it was concluded from."""
-    parts = [_head(judged)]
+    parts = [_head(pictures, judged)]
     if judged:
         parts.append(conclusions(results))
     parts += [_what_was_run(results), _known(results, pictures), _human(results), _language(results), _again()]
@@ -39,11 +41,11 @@ def _wrapped(line: str) -> str:
     return textwrap.fill(line, _WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
-def _head(judged: bool) -> list[str]:
+def _head(pictures: str, judged: bool) -> list[str]:
     return [
         "# Does robustness help, when, and at what cost?" if judged else "# Results",
         "",
-        "Made by `python benchmarks/evidence_page.py` from the rows in `benchmarks/results/ood_protocol`; every number "
+        f"Made by `python benchmarks/evidence_page.py` from the rows in `{pictures.removeprefix('../')}`; every number "
         "comes from there. Differences are paired: same seeds, batches and pairs. Intervals are 95%, by bootstrap over "
         "seeds and pairs together. A star marks an interval that leaves out 0; with this many comparisons some do by "
         "chance.",
@@ -51,33 +53,25 @@ def _head(judged: bool) -> list[str]:
 
 
 def _what_was_run(results: Results) -> list[str]:
-    about, (major, minor), total = results.about, results.two, sum(results.about["train"].values())
-    train = ", ".join(f"{name} {count}" for name, count in about["train"].items())
-    evals = ", ".join(f"{name} {len(coded['of'].split())}" for name, coded in about["evals"].items())
-    return [
-        "## What was run",
-        "",
-        f"- **Data**: {total} training pairs ({train}); evaluation sets and their pairs: {evals}. Models are trained "
-        "once on `train`; nothing is chosen on an evaluation set.",
-        f"- **Known labels** (tier A): the real prompts and responses of {major} (majority) and {minor} (minority), "
-        f"{about['known_size']} training pairs, labels from two known scores of the response's embedding; the minority "
-        "is labelled by another score, from the same one (no conflict) through an unrelated one (half) to its opposite "
-        "(full). Unless said otherwise: minority "
-        f"{BASE.share:.0%}, full conflict, no label noise. Judged by right labels on {results.known_set}.",
-        "- **Human labels** (tier B): the labels of the files, all evaluation sets.",
-        "- **Language models** (tiers A and C): LoRA in place of frozen features.",
-        f"- **Models**: frozen MiniLM features with a linear head on the response, or an MLP ({HIDDEN} hidden units) "
-        f"on prompt, response and their product; {about['steps']} AdamW steps of {BATCH} pairs, {about['seeds']} "
-        "seeds, the same batches for every method. Learning rates by the validation loss of plain training.",
-        f"- **Methods**: {len(METHODS)}, all from the package: the sets through `Reweighter` with its default memory, "
-        f"their rivals from `robustgrad.baselines`, prompt groups ({GROUPS}) from `robustgrad.prompt_groups`. "
-        "Known domains, group DRO and inverse frequency are told the domain of each training pair, the others are not.",
-        "- **Measures**: accuracy; worst-case loss, the mean loss of the population if the worst 10% of its prompts' "
-        "mass moves, exactly; ECE in ten bins; length-controlled accuracy, the mean of the accuracies where the longer "
-        'response is right and where it is wrong ("longer wins" gets .5).',
-        f"- **Machine**: {about['cpu']}, {about['cores']} cores, torch {about['torch']}; {results.seconds() / 60:.0f} "
-        "minutes of run time in all on a machine with other work, embedding apart.",
-    ]
+    about, (majority, minority) = results.about, (*results.two, "-")[:2]
+    text = (Path(__file__).parent / "what_was_run.md").read_text(encoding="utf-8").strip()
+    return re.sub(r"\n +", " ", text).format(
+        **about | {
+            "total": sum(about["train"].values()),
+            "train": ", ".join(f"{name} {count}" for name, count in about["train"].items()),
+            "evals": ", ".join(f"{name} {len(coded['of'].split())}" for name, coded in about["evals"].items()),
+        },
+        majority=majority,
+        minority=minority,
+        share=f"{BASE.share:.0%}",
+        known_set=results.known_set or "-",
+        hidden=HIDDEN,
+        batch=BATCH,
+        methods=len(METHODS),
+        groups=GROUPS,
+        bins=BINS,
+        minutes=f"{results.seconds() / 60:.0f}",
+    ).splitlines()  # fmt: skip
 
 
 def _known(results: Results, pictures: str) -> list[str]:
@@ -141,9 +135,12 @@ def _language(results: Results) -> list[str]:
     if not results.methods(SMOLLM):
         lines += [
             "",
-            "**Tier C, a model that learns the human labels, was not run**: there was no time for it on two shared "
-            "cores. `python benchmarks/ood_protocol_language.py --data FOLDER --tier human --model smollm2` runs it "
-            "and goes on where it was interrupted.",
+            "**Tier C, a model that learns the human labels, was not run**: there was no time for it. This runs it, "
+            "and goes on where it was interrupted:",
+            "",
+            "```",
+            "python benchmarks/ood_protocol_language.py --data FOLDER --tier human --model smollm2",
+            "```",
         ]
     return lines
 
