@@ -4,13 +4,23 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test fuzz docs lint bench clean
+.PHONY: demo test test-oldest fuzz docs lint bench clean
 
 demo: $(READY)
 	$(BIN)/python examples/reward_model.py $(ARGS)
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile $(ARGS)
+
+# The trainers with the lowest versions of other people's packages.
+OLDEST := $(VENV)-oldest
+TRAINER_TESTS := $(addprefix tests/test_,hf_trainer.py trainers.py trainers_on_ranks.py rollouts.py \
+	experimental_trainers.py dpo_loss_types.py trl_scripts.py accelerate.py capture.py)
+test-oldest:
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints.txt --constraint tests/oldest.txt \
+		--editable ".[trl]" pytest hypothesis expecttest
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest $(TRAINER_TESTS) $(ARGS)
 
 # A million random problems, each proved feasible and optimal; about a minute.
 fuzz: $(READY)
@@ -24,10 +34,7 @@ lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 bench: $(READY)
-	$(BIN)/python benchmarks/weight_solver_throughput.py $(ARGS)
-	$(BIN)/python benchmarks/memory_pool_cost.py $(ARGS)
-	$(BIN)/python benchmarks/step_overhead.py $(ARGS)
-	$(BIN)/python benchmarks/capture_overhead.py $(ARGS)
+	$(BIN)/python benchmarks/everything.py $(ARGS)
 
 # Models and trainers whose dependencies the tests do not need are listed apart.
 $(READY): setup.cfg pyproject.toml constraints.txt tests/no-deps.txt
@@ -37,4 +44,4 @@ $(READY): setup.cfg pyproject.toml constraints.txt tests/no-deps.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info runs site
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info runs site
