@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-oldest fuzz docs lint bench clean
+.PHONY: demo test test-oldest fuzz docs lint bench evidence clean
 
 demo: $(READY)
 	$(BIN)/python examples/reward_model.py $(ARGS)
@@ -35,6 +35,10 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/everything.py $(ARGS)
+
+# The page docs/evidence.md from the committed runs; benchmarks/ood_protocol.py makes runs.
+evidence: $(READY)
+	$(BIN)/python benchmarks/evidence_page.py $(ARGS)
 
 # Models and trainers whose dependencies the tests do not need are listed apart.
 $(READY): setup.cfg pyproject.toml constraints.txt tests/no-deps.txt

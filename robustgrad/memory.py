@@ -18,6 +18,7 @@ from .samples import Samples
 from .schedule import Schedule
 
 ENOUGH = 64  # remembered losses; fewer carry no rule
+_ROUNDING = 1e-12  # relative difference of equal losses that were put into other units and back
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +36,8 @@ class _Memory:
     def fitted(cls, ambiguity: AmbiguitySet, samples: Samples, units: Units, sampled: Tensor) -> _Memory:
         scores, weights = samples.grouped(), samples.weights
         rule = ambiguity.fit(scores, weights, unit=units.spread, step_size=sampled.clamp_min(1.0))
-        return cls(samples, units, sampled, scores, rule, (weights > 0).sum() >= ENOUGH)
+        filled = ((weights > 0).sum() >= ENOUGH) & _vary(scores, weights, units)
+        return cls(samples, units, sampled, scores, rule, filled)
 
     @property
     def surely_filled(self) -> bool:
@@ -71,14 +73,21 @@ class _Memory:
         }
 
 
+def _vary(scores: Tensor, weights: Tensor, units: Units) -> Tensor:
+    """Whether the remembered losses differ: equal ones say nothing about the order of others."""
+    top = torch.where(weights > 0, scores, -torch.inf).amax()
+    bottom = torch.where(weights > 0, scores, torch.inf).amin()
+    return (top - bottom) * units.spread > _ROUNDING * units.level.abs()
+
+
 class MemoryPool(Pool):
     """Each loss competes with the last few hundred, of all ranks.
 
     The remembered losses are fitted once per optimizer step as a rule, and each new loss gets its ratio
     from the rule. Memory, units and rule change only between steps, all at once and symmetrically in the
-    step's samples, so that no cut of a step into calls or ranks can matter. Below 64 remembered losses there
-    is no rule: a call of at least 64 samples is solved on itself where there is one rank, any other gets
-    ratio 1.
+    step's samples, so that no cut of a step into calls or ranks can matter. Below 64 remembered losses, and
+    while all of them are equal (the first step of DPO), there is no rule: a call of at least 64 samples is
+    solved on itself where there is one rank, any other gets ratio 1.
 
     The ranks exchange the losses of a step once, when its end is marked; before the first mark, in each call.
 

@@ -146,8 +146,8 @@ class Ratios:
         mean, `mean` their plain mean, `gap` the difference, `divergence` reached, `threshold`, `cap` the
         largest ratio that any sample can get, `pool_size` how many compete. They are scores where scores
         were given. Over the samples of the step: `ess` effective sample size, `max_ratio` largest ratio.
-        `plain` is True where the last call was plain averaging (fewer than 64 losses remembered, or a batch
-        of one); `nonfinite` counts the NaN and +inf losses so far.
+        `plain` is True where the last call was plain averaging (fewer than 64 losses remembered, or all of them
+        equal, or a batch of one); `nonfinite` counts the NaN and +inf losses so far.
         """
         if not self._pool.started:
             return {}

@@ -114,7 +114,22 @@ def test_all_losses_equal_gives_ratio_one(ambiguity: AmbiguitySet) -> None:
         found = ratios(reweighter, torch.full((32,), 2.0, dtype=torch.float64).log())
         torch.testing.assert_close(found, torch.ones_like(found))
         reweighter.step()
-    assert not reweighter.metrics()["plain"]
+    assert reweighter.metrics()["plain"]
+
+
+@each_set
+def test_a_memory_of_equal_losses_says_nothing_about_others(ambiguity: AmbiguitySet) -> None:
+    """The second step of DPO: half of its losses are above log 2, and none is known to be hard."""
+    for raw in (2.0, 0.1, -3e5, 0.0):
+        reweighter = Reweighter(ambiguity)
+        for _ in range(40):
+            ratios(reweighter, torch.full((32,), raw, dtype=torch.float64))
+            reweighter.step()
+        assert (ratios(reweighter, raw + 0.01 * torch.randn(32, dtype=torch.float64)) == 1).all()
+        assert reweighter.metrics()["plain"]
+        reweighter.step()
+        ratios(reweighter, raw + 0.01 * torch.randn(32, dtype=torch.float64))
+        assert not reweighter.metrics()["plain"]
 
 
 @pytest.mark.parametrize(
