@@ -4,8 +4,8 @@
     python examples/npg.py --ambiguity cvar --radius 0.5 --trust 0.02
 
 Algorithm 2 of arXiv 2503.00539: the adversary shifts the prompts to where the policy's value is low, and both the
-gradient and the Fisher matrix are the worst case's. Rewards and prompts are those of ppo.py. The lines marked
-`# robustgrad` are what the robust run adds.
+gradient and the Fisher matrix are the worst case's. Rewards and prompts are those of ppo.py. A Wasserstein
+ball has no such step, and the error for it says why. The lines marked `# robustgrad` are what the robust run adds.
 """
 
 from __future__ import annotations
