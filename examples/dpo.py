@@ -98,8 +98,7 @@ def leads(policy: Policy, pairs: list[PairTokens], beta: float) -> Tensor:
 
 
 def options() -> argparse.ArgumentParser:
-    sets = ("tv", "chi2", "kl", "cvar", "wasserstein")
-    parser = make_parser(__doc__, "runs/dpo", sets, steps=40, lr=2e-4)
+    parser = make_parser(__doc__, "runs/dpo", steps=40, lr=2e-4)
     parser.add_argument("--baseline", choices=NAMES, help="compare plain with this instead of a robust run")
     parser.add_argument("--accumulate", type=positive(int), default=2, help="micro-batches (default: %(default)s)")
     parser.add_argument(

@@ -4,8 +4,8 @@
     python examples/npg.py --ambiguity cvar --radius 0.5 --trust 0.02
 
 Algorithm 2 of arXiv 2503.00539: the adversary shifts the prompts to where the policy's value is low, and both the
-gradient and the Fisher matrix are the worst case's. Rewards and prompts are those of ppo.py. The lines marked
-`# robustgrad` are what the robust run adds.
+gradient and the Fisher matrix are the worst case's. Rewards and prompts are those of ppo.py. A Wasserstein
+ball has no such step, and the error for it says why. The lines marked `# robustgrad` are what the robust run adds.
 """
 
 from __future__ import annotations
@@ -28,6 +28,12 @@ try:
     from robustgrad.robust_ppo import prompt_ratio, prompt_scores
 except ImportError as error:
     raise SystemExit(f'{error}\nInstall what this example needs: pip install "robustgrad[hf,plot]"') from None
+
+NO_WASSERSTEIN = (
+    "--ambiguity must be tv, chi2, kl or cvar here, got wasserstein. The step is (F + ridge)^-1 g with gradient and "
+    "Fisher matrix of the same reweighted responses; a Wasserstein ball shifts inputs and has no weights to give "
+    "them. Use ppo.py --ambiguity wasserstein."
+)
 
 
 def train(task: Task, adversary: Adversary, files: RunFiles, iterates: Iterates) -> Iterator[dict[str, Tensor]]:
@@ -83,7 +89,7 @@ def log_ratios(policy: Policy, batch: Responses) -> Tensor:
 
 
 def options() -> argparse.ArgumentParser:
-    parser = make_parser(__doc__, "runs/npg", ("tv", "chi2", "kl", "cvar"), steps=10, lr=10.0)
+    parser = make_parser(__doc__, "runs/npg", steps=10, lr=10.0)
     add = parser.add_argument
     add_rollout_options(parser)
     add("--beta", type=positive(float), default=0.02, help="price of the KL (default: %(default)s)")
@@ -97,6 +103,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = options()
     with wrong_use_ends(parser):
         args = parse(parser, argv, steps=4, prompts=4, new_tokens=6)
+        if args.ambiguity == "wasserstein":
+            raise ValueError(NO_WASSERSTEIN)
         robust, task = Adversary.of(args), Task.load(args)
 
     def train_with(adversary: Adversary, files: RunFiles, iterates: Iterates) -> Iterator[dict[str, Tensor]]:

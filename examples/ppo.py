@@ -3,13 +3,16 @@
     python examples/ppo.py --smoke
     python examples/ppo.py --version A --scaled rewards --kl-inside
     python examples/ppo.py --version B --ambiguity chi2 --radius 0.5 --groups domain
+    python examples/ppo.py --ambiguity wasserstein --radius 0.02
 
     python examples/reward_model.py --data pairs.jsonl.gz
     python examples/ppo.py --data pairs.jsonl.gz --reward-model runs/reward_model/robust
 
 arXiv 2503.00539. The reward is a rule (`rule` in rewards.py: courtesy where a domain likes it, brevity elsewhere), or
-with --reward-model the score of the adapters that reward_model.py saved, or of any classifier of sequences. The lines
-marked `# robustgrad` are what the robust run adds to an ordinary loop.
+with --reward-model the score of the adapters that reward_model.py saved, or of any classifier of sequences. With
+--ambiguity wasserstein the adversary shifts the embeddings of prompts and responses instead: the policy loss gets the
+gradient penalty that arXiv 2509.19104 puts on REBEL's; advantages and old log-probabilities stay what they are. The
+lines marked `# robustgrad` are what the robust run adds to an ordinary loop.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ try:
     from torch import Tensor, nn
 
     from robustgrad import Reweighter
+    from robustgrad.gradient_penalty import embedding_outputs, wasserstein_loss
     from robustgrad.objectives import clipped_surrogate, kl_estimate, sequence_mean, sequence_sum, token_log_probs
     from robustgrad.objectives import value_loss as critic_loss
     from robustgrad.robust_ppo import RobustPPO, prompt_scores
@@ -69,13 +73,15 @@ class Experience:
         self.advantages, self.returns = ppo.rollout(rewards, args.beta * kl, self.values, mask, self.ratio)
         self.batch, self.mask = rollout.batch, mask
 
-    def losses(self, policy: Policy, critic: nn.Module, ppo: RobustPPO, rows: Tensor) -> Tensor:
-        """Policy and critic loss of the given responses, (b,)."""
+    def losses(self, policy: Policy, critic: nn.Module, ppo: RobustPPO, rows: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Policy and critic loss of the given responses, (b,), and the embeddings that the former depends on."""
         batch, mask = Responses(*(part[rows] for part in self.batch)), self.mask[rows]
-        log_probs, values = log_probs_and_values(policy, critic, batch)
+        with embedding_outputs(policy.embedding) as inputs:  # robustgrad
+            log_probs, values = log_probs_and_values(policy, critic, batch)
         surrogate = clipped_surrogate(log_probs, self.log_probs[rows], self.advantages[rows])
         critic_losses = sequence_mean(critic_loss(values, self.values[rows], self.returns[rows]), mask)
-        return ppo.losses(surrogate, mask, self.ratio[rows]) + 0.5 * critic_losses  # robustgrad: version B scales here
+        policy_losses = ppo.losses(surrogate, mask, self.ratio[rows])  # robustgrad: version B scales here
+        return policy_losses + 0.5 * critic_losses, inputs
 
 
 def train(
@@ -96,7 +102,9 @@ def train(
         for _ in range(args.epochs):
             order, total = torch.randperm(len(rollout.rewards)), 0.0
             for rows in order.split(args.micro_batch):
-                loss = experience.losses(policy, critic, ppo, rows).sum() / len(order)
+                losses, inputs = experience.losses(policy, critic, ppo, rows)
+                loss = wasserstein_loss(losses, inputs, radius=adversary.wasserstein)  # robustgrad (0: the mean)
+                loss = loss * len(rows) / len(order)
                 loss.backward()
                 total = total + loss.detach()
             torch.nn.utils.clip_grad_norm_(policy.parameters, 1.0)
@@ -112,7 +120,7 @@ def train(
 
 
 def options() -> argparse.ArgumentParser:
-    parser = make_parser(__doc__, "runs/ppo", ("tv", "chi2", "kl", "cvar"), steps=16, lr=1e-4, micro_batch=8)
+    parser = make_parser(__doc__, "runs/ppo", steps=16, lr=1e-4, micro_batch=8)
     add = parser.add_argument
     add_rollout_options(parser)
     add("--version", choices=("A", "B"), default="B", help="scale the advantages or the loss (default: %(default)s)")
@@ -127,12 +135,23 @@ def options() -> argparse.ArgumentParser:
     return parser
 
 
+def check_switches(args: argparse.Namespace) -> None:
+    """Raises: ValueError: one that would change nothing."""
+    RobustPPO(args.version, scaled=args.scaled, critic_targets=args.critic_targets, kl_inside=args.kl_inside)
+    over_prompts = args.version == "A" or args.kl_in_score or args.groups == "domain" or args.prompt_gdro
+    if args.ambiguity == "wasserstein" and over_prompts:
+        raise ValueError(
+            "--version A, --kl-in-score, --groups domain and --prompt-gdro must come with another --ambiguity, got "
+            "wasserstein. It shifts embeddings and gives no prompt a ratio: leave them out."
+        )
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = options()
     with wrong_use_ends(parser):
         args = parse(parser, argv, steps=4, prompts=4, new_tokens=6)
         robust = Adversary(baseline=DifficultyGDRO(args.solved)) if args.prompt_gdro else Adversary.of(args)
-        RobustPPO(args.version, scaled=args.scaled, critic_targets=args.critic_targets, kl_inside=args.kl_inside)
+        check_switches(args)
         task = Task.load(args)
     critic = nn.Linear(task.policy.embedding.weight.shape[1], 1).to(args.device)
     nn.init.zeros_(critic.weight), nn.init.zeros_(critic.bias)

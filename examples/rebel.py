@@ -114,8 +114,7 @@ def rebel_losses(policy: Policy, batch: Batch, eta: float) -> tuple[Tensor, list
 
 
 def options() -> argparse.ArgumentParser:
-    sets = ("tv", "chi2", "kl", "cvar", "wasserstein")
-    parser = make_parser(__doc__, "runs/rebel", sets, steps=30, lr=1e-4)
+    parser = make_parser(__doc__, "runs/rebel", steps=30, lr=1e-4)
     add_rollout_options(parser)
     add = parser.add_argument
     add("--online", action="store_true", help="generate the responses with the current policy")

@@ -32,6 +32,18 @@ def test_commands_use_options_that_exist(command: str) -> None:
         assert not option.startswith("--") or f'"{option}"' in source
 
 
+def test_blocks_print_what_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, object] = {}
+    for code in re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL):
+        exec(code, names)
+    shown = "".join(re.findall(r"^```text\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL))
+    number = re.compile(r"\d+\.\d+")
+    printed = capsys.readouterr().out
+    assert number.sub("", printed) == number.sub("", shown)
+    values, expected = ([float(x) for x in number.findall(text)] for text in (printed, shown))
+    assert values == pytest.approx(expected, abs=0.011)
+
+
 def test_every_public_objective_and_baseline_is_on_the_page() -> None:
     for module, left_out in (
         ("objectives", {"log_ratios", "sequence_log_probs", "sequence_mean", "sequence_sum", "token_log_probs"}),

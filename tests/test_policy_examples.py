@@ -52,6 +52,7 @@ RUNS = [
     ("ppo", ["--version", "B", "--ambiguity", "cvar"]),
     ("ppo", ["--version", "A", "--scaled", "rewards", "--kl-inside", "--critic-targets", "--groups", "domain"]),
     ("ppo", ["--prompt-gdro"]),
+    ("ppo", ["--ambiguity", "wasserstein", "--radius", "0.5"]),
     ("npg", ["--ambiguity", "tv", "--radius", "0.3"]),
     ("npg", ["--iterations", "3", "--steps", "4"]),
 ]
@@ -72,6 +73,25 @@ def test_smoke(example, tmp_path: Path, capsys: pytest.CaptureFixture[str], name
         assert plain[0]["loss"] == robust[0]["loss"]
         one, other = adapter(tmp_path / "plain"), adapter(tmp_path / "robust")
         assert any(not torch.equal(one[key], other[key]) for key in one)
+
+
+def by_letters(prompts: list[str], domains: list[str], responses: list[str]) -> torch.Tensor:
+    """A reward that even a random policy's responses differ in."""
+    return torch.tensor([float(sum(map(ord, text)) % 7) for text in responses])
+
+
+def test_a_wasserstein_radius_of_zero_is_plain_ppo(example, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(example("rewards"), "rule_reward", by_letters)
+
+    def adapters(radius: str) -> list[dict[str, torch.Tensor]]:
+        out = tmp_path / radius
+        arguments = ["--smoke", "--steps", "2", "--ambiguity", "wasserstein", "--radius", radius, "--out", str(out)]
+        assert example("ppo").main(arguments) == 0
+        return [adapter(out / run) for run in ("plain", "robust")]
+
+    for radius, same in (("0", True), ("0.5", False)):
+        plain, robust = adapters(radius)
+        assert all(torch.equal(plain[key], robust[key]) for key in plain) == same
 
 
 @pytest.mark.parametrize(
@@ -105,7 +125,11 @@ def test_a_run_goes_on_where_it_stopped(example, tmp_path: Path, name: str, opti
         ("dpo", ["--beta", "0"], "argument --beta: must be above 0, got 0"),
         ("dpo", ["--model", "./no/such/folder"], "cannot load --model ./no/such/folder"),
         ("ppo", ["--critic-targets"], 'version must be "A" for the switches'),
-        ("ppo", ["--ambiguity", "wasserstein"], "invalid choice: 'wasserstein'"),
+        ("ppo", ["--ambiguity", "wasserstein", "--version", "A"], "It shifts embeddings and gives no prompt a ratio"),
+        ("ppo", ["--ambiguity", "wasserstein", "--prompt-gdro"], "It shifts embeddings and gives no prompt a ratio"),
+        ("ppo", ["--ambiguity", "wasserstein", "--radius", "-1"], "radius must be in [0, inf), got -1.0."),
+        ("rebel", ["--ambiguity", "wasserstein", "--radius", "nan"], "radius must be in [0, inf), got nan."),
+        ("npg", ["--ambiguity", "wasserstein"], "Use ppo.py --ambiguity wasserstein."),
         ("rebel", ["--data", "absent.jsonl"], "absent.jsonl: No such file or directory."),
     ],
 )
@@ -267,11 +291,7 @@ def test_online_rebel_compares_with_the_policy_that_answered(example, policy) ->
     rebel, rollouts = example("rebel"), example("rollouts")
     prompts = [rollouts.Prompt(i, "", [5, 6, 7 + i], "code") for i in range(6)]
     args = SimpleNamespace(seed=0, prompts=6, new_tokens=5, steps=2, groups="prompt")
-
-    def reward(prompts: list[str], domains: list[str], responses: list[str]) -> torch.Tensor:
-        return torch.tensor([float(sum(map(ord, text)) % 7) for text in responses])
-
-    batches = rebel.online(rollouts.Task(policy, reward, prompts, [], args))
+    batches = rebel.online(rollouts.Task(policy, by_letters, prompts, [], args))
 
     def distance(batch: list) -> float:
         losses, _ = rebel.rebel_losses(policy, batch, eta=0.5)
@@ -286,6 +306,34 @@ def test_online_rebel_compares_with_the_policy_that_answered(example, policy) ->
             for parameter in policy.parameters:
                 parameter.add_(0.05 * torch.randn_like(parameter))
         assert distance(batch) > 1e-1
+
+
+def test_ppo_takes_the_norm_over_the_embeddings_of_each_response(example, policy) -> None:
+    """The policy loss with its penalty against one response after the other, without padding."""
+    from robustgrad.gradient_penalty import embedding_outputs, wasserstein_loss
+    from robustgrad.objectives import clipped_surrogate
+
+    ppo, made = example("ppo"), example("preference_pairs")
+    pairs = [made.Pair(text, "a", "b", "code") for text in ("x", "a longer one", "y")]
+    prompts = example("rollouts")._numbered(policy, pairs, 32)
+    args = SimpleNamespace(new_tokens=5, groups="prompt", beta=0.02, kl_in_score=False)
+    rollout = example("rollouts").collect(policy, lambda p, d, r: torch.randn(len(r)), prompts, 2, args)
+    critic, version_b = torch.nn.Linear(32, 1), ppo.RobustPPO("B")
+    experience = ppo.Experience(policy, critic, rollout, version_b, None, args)
+    rows = torch.tensor([4, 0, 3, 5])
+    losses, inputs = experience.losses(policy, critic, version_b, rows)
+    penalty = wasserstein_loss(losses, inputs, radius=0.3) - losses.mean()
+    squares = []
+    for i in rows.tolist():
+        alone = policy.row(rollout.batch, i)
+        with embedding_outputs(policy.embedding) as embedded:
+            log_probs = policy.token_log_probs(alone)
+        known = slice(i, i + 1), slice(log_probs.shape[1])
+        surrogate = clipped_surrogate(log_probs, experience.log_probs[known], experience.advantages[known])
+        (gradient,) = torch.autograd.grad(surrogate[alone.mask[:, 1:]].mean(), embedded)
+        squares.append(gradient.square().sum())
+    assert min(squares) > 0
+    assert_close(penalty, 0.3 * torch.stack(squares).mean().sqrt(), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["dr-dpo", "kldpo-released", "wdpo-released", "group-dro", "gr-dpo", "gr-ipo",
