@@ -100,53 +100,6 @@ def test_rows_are_independent_to_the_bit(ambiguity: AmbiguitySet, shape: tuple[i
     torch.testing.assert_close(ratio.reshape(-1, shape[-1])[0], alone, rtol=1e-9, atol=1e-9)
 
 
-def counted(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[int]:
-    """The length of the rows in the first argument of each call."""
-    lengths, function = [], getattr(module, name)
-
-    def call(first: Tensor, *others: Any) -> Any:
-        lengths.append(first.shape[-1])
-        return function(first, *others)
-
-    monkeypatch.setattr(module, name, call)
-    return lengths
-
-
-each_base = pytest.mark.parametrize("power", [0, 2], ids=["uniform", "weighted"])
-each_limit = pytest.mark.parametrize(
-    "ambiguity", [ChiSquare(0.01), ChiSquare(0.5), ChiSquare(3.0), ChiSquare(penalty=0.5)], ids=str
-)
-
-
-@each_base
-@each_limit
-@pytest.mark.parametrize("n", [64, _linear._LONG])
-def test_an_ordinary_row_is_not_sorted(
-    ambiguity: ChiSquare, n: int, power: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    looks, sorts = counted(monkeypatch, torch, "mv"), counted(monkeypatch, _linear, "_scan")
-    ambiguity.solve(normal(n), base=normal(n, seed=3).abs() ** power)
-    assert 1 < len(looks) < 11 and not sorts
-
-
-def test_many_short_rows_are_sorted_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    looks, sorts = counted(monkeypatch, torch, "mv"), counted(monkeypatch, _linear, "_scan")
-    ChiSquare(0.5).solve(normal(70, 64))
-    assert sorts == [64] and not looks
-
-
-@each_base
-def test_a_sample_saves_looks_at_a_long_row(power: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    looks, n = counted(monkeypatch, torch, "mv"), _linear._SAMPLED * _linear._LONG
-    needed = []
-    for sampled in (_linear._SAMPLED, n):
-        monkeypatch.setattr(_linear, "_SAMPLED", sampled)
-        looks.clear()
-        ChiSquare(3.0).solve(normal(n), base=normal(n, seed=3).abs() ** power)
-        needed.append(looks.count(n))
-    assert needed[0] < needed[1]
-
-
 @pytest.mark.parametrize("k", [1, 2, 350, 699, 700])
 def test_selection_is_that_of_a_sort(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """By numpy where values may be looked at, by torch elsewhere; for one row and for many."""
