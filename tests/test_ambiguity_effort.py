@@ -1,14 +1,15 @@
-"""What the solvers do to come to an answer: how often they look at a row, and where they must not sort."""
+"""What the solvers do to come to an answer: how often they look at a row, where they sort, what a kernel is told."""
 
 from __future__ import annotations
 
+from dataclasses import FrozenInstanceError
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from robustgrad.ambiguity import KL, ChiSquare, _linear, _tilting
+from robustgrad.ambiguity import KL, AmbiguitySet, ChiSquare, CVaR, TotalVariation, _kernel, _linear, _sorted, _tilting
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -93,3 +94,44 @@ def steps_of_tilting(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     monkeypatch.setattr(_tilting._Curve, "at", step)
     return steps
+
+
+PLAIN = [TotalVariation(0.0), ChiSquare(0.0), KL(0.0), CVaR(1.0)]
+ROBUST = [
+    TotalVariation(0.1),
+    TotalVariation(0.1, cap=2.0),
+    TotalVariation(penalty=0.5),
+    ChiSquare(0.1),
+    ChiSquare(penalty=0.5),
+    KL(0.1),
+    KL(temperature=0.5),
+    CVaR(0.5),
+]
+
+
+@pytest.mark.parametrize("ambiguity", PLAIN + ROBUST, ids=str)
+def test_a_kernel_is_handed_the_set(ambiguity: AmbiguitySet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: where a kernel takes the losses it gets the recipe, "plain" for plain averaging alone."""
+    handed = []
+
+    def solve(recipe: _kernel.Recipe, losses: Tensor, base: Tensor | None, mask: Tensor | None) -> Tensor:
+        handed.append(recipe)
+        return torch.ones_like(losses)
+
+    monkeypatch.setattr(_kernel, "takes", lambda losses: True)
+    monkeypatch.setattr(_kernel, "solve", solve)
+    assert ambiguity.solve(normal(9)).ratio.tolist() == [1.0] * 9
+    assert [recipe[0] == "plain" for recipe in handed] == [ambiguity in PLAIN]
+
+
+@pytest.mark.parametrize("ambiguity", ROBUST, ids=str)
+def test_a_fitted_rule_cannot_be_changed(ambiguity: AmbiguitySet) -> None:
+    one = torch.ones((), dtype=torch.float64)
+    rule = ambiguity.fit(normal(64), torch.ones(64, dtype=torch.float64), unit=one, step_size=one)
+    with pytest.raises(FrozenInstanceError):
+        rule.top = one  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("n", [3, 1, 2, 64, 100])
+def test_a_deterministic_cumulative_sum(n: int) -> None:
+    torch.testing.assert_close(_sorted.doubling_cumsum(normal(3, n)), normal(3, n).cumsum(-1))
