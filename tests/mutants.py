@@ -1,0 +1,171 @@
+"""Changes one operator or constant of the package at a time and asks the tests: mutants.py --share 0.06 --seed 0.
+
+A sample of all such changes, drawn by file. Each is written into a copy of the repository, never here, and tested by
+a process forked from this one, which has loaded torch and pytest already. First come the tests that take seconds;
+those that survive meet the slower ones. docs/mutation.md explains what survives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from cosmic_ray.ast import ast_nodes, get_ast
+from cosmic_ray.mutating import mutate_code
+from cosmic_ray.plugins import get_operator, operator_names
+
+ROOT = Path(__file__).parent.parent
+FILES = [
+    *sorted((ROOT / "robustgrad/ambiguity").glob("*.py")),
+    *(ROOT / f"robustgrad/{name}.py" for name in ("pool", "memory", "window", "ratios", "reweighter")),
+]
+NEEDS_A_GPU = re.compile("_kernel|_triton|__init__")
+
+# Arithmetic is exchanged with arithmetic, a comparison with its boundary and with its opposite. The rest of what
+# cosmic-ray knows raises a TypeError at once, or touches annotations, which never run.
+OPERATORS = re.compile(
+    "core/(ReplaceBinaryOperator_((Add|Sub|Mul|Div|FloorDiv|Mod|Pow)_(Add|Sub|Mul|Div)|BitAnd_BitOr)"
+    "|ReplaceComparisonOperator_(Eq_NotEq|NotEq_Eq|Lt_LtE|Lt_GtE|LtE_Lt|LtE_Gt|Gt_GtE|Gt_LtE|GtE_Gt|GtE_Lt"
+    "|Is_IsNot|IsNot_Is)|ReplaceUnaryOperator_(USub_UAdd|Delete_Not|Delete_Invert)"
+    "|Replace(TrueWithFalse|FalseWithTrue|AndWithOr|OrWithAnd|BreakWithContinue|ContinueWithBreak)"
+    "|AddNot|NumberReplacer|ZeroIterationForLoop)$"
+)
+
+OF_SETS = ("threshold", "ambiguity_scale", "ambiguity_effort", "ambiguity_sizes")
+QUICK = {
+    "ambiguity": (*OF_SETS, "fuzz", "ambiguity_degenerate"),
+    "robustgrad": ("pool_edges", "ratio", "window", "reweighter"),
+}
+SLOW = {
+    "ambiguity": ("robust_loss", "compiled", "memory", "ambiguity_ways", "ambiguity_laws"),
+    "robustgrad": ("memory", "schedule", "prompt_groups", "token_units", "optimizer_checkpoints", "faults"),
+}
+LONGEST = 600.0  # seconds; a change may well make a loop endless
+
+
+@dataclass(frozen=True)
+class Mutant:
+    file: str
+    operator: str
+    number: int
+    source: str
+
+    @property
+    def tested_by(self) -> str:
+        return Path(self.file).parent.name
+
+    def change(self) -> str:
+        """The line before and after."""
+        lines = difflib.unified_diff((ROOT / self.file).read_text().splitlines(), self.source.splitlines(), n=0)
+        return "\n".join(line for line in list(lines)[2:])
+
+
+def positions(source: str) -> list[tuple[str, int]]:
+    """Every place where an operator applies, as (operator, number)."""
+    tree = get_ast(source)
+    names = [name for name in operator_names() if OPERATORS.match(name)]
+    counts = {
+        name: sum(len(list(get_operator(name)().mutation_positions(n))) for n in ast_nodes(tree)) for name in names
+    }
+    return [(name, number) for name in names for number in range(counts[name])]
+
+
+def drawn(share: float, seed: int) -> Iterator[Mutant]:
+    for file in FILES:
+        if NEEDS_A_GPU.search(file.name):
+            continue
+        name, source = str(file.relative_to(ROOT)), file.read_text()
+        places = positions(source)
+        for operator, number in random.Random(f"{seed} {name}").sample(places, max(1, round(share * len(places)))):
+            mutated = mutate_code(source, get_operator(operator)(), number)
+            yield Mutant(name, operator.removeprefix("core/"), number, mutated)
+
+
+def survives(copy: Path, mutant: Mutant, tests: tuple[str, ...]) -> bool:
+    file = copy / mutant.file
+    original = file.read_text()
+    file.write_text(mutant.source)
+    try:
+        return passes(copy, tests)
+    finally:
+        file.write_text(original)
+
+
+def passes(copy: Path, tests: tuple[str, ...]) -> bool:
+    child = multiprocessing.get_context("fork").Process(target=run_tests, args=(copy, tests))
+    child.start()
+    child.join(LONGEST)
+    if child.exitcode is None:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.join()
+    return child.exitcode == 0
+
+
+def run_tests(copy: Path, tests: tuple[str, ...]) -> None:
+    os.setsid()  # so that whatever the tests start ends with them
+    os.chdir(copy)
+    os.environ.update(PYTHONPATH=str(copy), PYTHONDONTWRITEBYTECODE="1", OMP_NUM_THREADS="1")
+    sys.path[0] = str(copy)
+    log = os.open("mutant.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1), os.dup2(log, 2)
+    import pytest
+
+    files = [f"tests/test_{name}.py" for name in tests]
+    code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-k", "not twenty", *files])
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def copied(folder: str) -> Path:
+    ignored = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "site", "runs")
+    return Path(shutil.copytree(ROOT, Path(folder) / "copy", ignore=ignored))
+
+
+def survivors(copy: Path, mutants: list[Mutant], tests: dict[str, tuple[str, ...]]) -> Iterator[Mutant]:
+    for group in {mutant.tested_by for mutant in mutants}:
+        if not passes(copy, tests[group]):
+            print((copy / "mutant.log").read_text()[-3000:])
+            raise SystemExit(f"the tests of {group} fail without any change")
+    for mutant in mutants:
+        if survives(copy, mutant, tests[mutant.tested_by]):
+            yield mutant
+        else:
+            print(f"killed {mutant.file} {mutant.operator} {mutant.number}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--share", type=float, default=0.06)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    sys.dont_write_bytecode = True
+    for name in ("torch", "pytest", "scipy.optimize", "cvxpy"):
+        importlib.import_module(name)
+    sample = list(drawn(options.share, options.seed))
+    with tempfile.TemporaryDirectory() as folder:
+        copy, alive = copied(folder), sample
+        for tests in (QUICK, SLOW):
+            alive = list(survivors(copy, alive, tests))
+    for mutant in alive:
+        print(f"SURVIVES {mutant.file} {mutant.operator} {mutant.number}\n{mutant.change()}")
+    of, left = (Counter(mutant.file for mutant in mutants) for mutants in (sample, alive))
+    for file in of:
+        print(f"{of[file] - left[file]:4} of {of[file]:4} {file}")
+    print(f"{len(sample) - len(alive)} of {len(sample)} killed, seed {options.seed}, share {options.share}")
+
+
+if __name__ == "__main__":
+    main()
