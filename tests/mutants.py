@@ -107,10 +107,12 @@ def survives(copy: Path, mutant: Mutant, tests: tuple[str, ...]) -> bool:
 def passes(copy: Path, tests: tuple[str, ...]) -> bool:
     child = multiprocessing.get_context("fork").Process(target=run_tests, args=(copy, tests))
     child.start()
-    child.join(LONGEST)
-    if child.exitcode is None:
-        os.killpg(child.pid, signal.SIGKILL)
-        child.join()
+    try:
+        child.join(LONGEST)
+    finally:
+        if child.exitcode is None:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.join()
     return child.exitcode == 0
 
 
