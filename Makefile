@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-oldest fuzz docs lint bench evidence clean
+.PHONY: demo test test-oldest fuzz mutate docs lint bench evidence clean
 
 demo: $(READY)
 	$(BIN)/python examples/reward_model.py $(ARGS)
@@ -25,6 +25,11 @@ test-oldest:
 # A million random problems, each proved feasible and optimal; about a minute.
 fuzz: $(READY)
 	$(BIN)/python tests/fuzz.py $(ARGS)
+
+# What the tests would miss: a sample of small changes to the solvers and pools; half an hour or more.
+mutate: $(READY)
+	$(BIN)/python -m pip install --quiet cosmic-ray
+	$(BIN)/python tests/mutants.py $(ARGS)
 
 # The documentation as a site, every warning an error; open site/index.html.
 docs: $(READY)
