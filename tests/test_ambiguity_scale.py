@@ -37,7 +37,7 @@ def test_masked_losses_do_not_overflow_under_a_steep_tilt(rows: int, hidden: flo
     torch.testing.assert_close(ratio[:, :4], KL(1.0).solve(shown).ratio.expand(rows, -1), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("scale", [1e-200, 1e-60, 1e60, 1e200])
+@pytest.mark.parametrize("scale", [1e-200, 1e-100, 1e-90, 1e-77, 1e-72, 1e-60, 1e60, 1e99, 1e200])
 @pytest.mark.parametrize("ambiguity", [KL(0.3), ChiSquare(0.5)], ids=str)
 def test_a_single_row_of_any_scale(ambiguity: KL | ChiSquare, scale: float) -> None:
     torch.testing.assert_close(ambiguity.solve(losses() * scale).ratio, ambiguity.solve(losses()).ratio)

@@ -12,7 +12,9 @@ from robustgrad.ambiguity import KL, AmbiguitySet, ChiSquare, CVaR, TotalVariati
 SATURATES = {
     TotalVariation(0.75): 4.0,
     TotalVariation(1.0): math.inf,
-    TotalVariation(0.3, cap=2.0): 1.0,
+    TotalVariation(0.3, cap=2.0): 1 / 0.7,
+    TotalVariation(0.75, cap=2.0): 2.0,
+    TotalVariation(0.75, cap=8.0): 4.0,
     TotalVariation(penalty=1.0): 1.0,
     ChiSquare(1.5): 4.0,
     ChiSquare(penalty=1.0): 1.0,

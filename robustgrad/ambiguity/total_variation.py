@@ -65,7 +65,7 @@ class TotalVariation(AmbiguitySet):
 
     @property
     def saturating_size(self) -> float:
-        if self.penalty is not None or self.cap is not None:
+        if self.penalty is not None:
             return 1.0
         return 1 / (1 - self._moved()) if self._moved() < 1 else math.inf
 
