@@ -239,8 +239,9 @@ def test_radius_zero_and_alpha_one_are_plain() -> None:
         torch.testing.assert_close(found, torch.ones_like(found), rtol=1e-12, atol=1e-12)
 
 
-def test_nonfinite_losses_never_enter_the_memory() -> None:
-    clean, dirty = Reweighter(KL(0.3)), Reweighter(KL(0.3))
+@each_set
+def test_nonfinite_losses_never_enter_the_memory(ambiguity: AmbiguitySet) -> None:
+    clean, dirty = Reweighter(ambiguity), Reweighter(ambiguity)
     for t, losses in enumerate(stream(10, 32)):
         bad = torch.tensor([torch.nan, torch.inf, -torch.inf], dtype=torch.float64)
         found = ratios(dirty, torch.cat([losses, bad]))
