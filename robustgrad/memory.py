@@ -48,7 +48,7 @@ class _Memory:
         own = self.units.into(scores)
         if samples.groups is not None and self.samples.groups is not None:
             own = self._of_groups(own, samples.groups, self.samples.groups)
-        return self.rule.ratio(own, samples.weights)
+        return self.rule.ratio(own, 1.0 if samples.weight is None else samples.weight)
 
     def _of_groups(self, own: Tensor, groups: Tensor, remembered: Tensor) -> Tensor:
         """A group that is remembered counts with its remembered mean, whatever part of it a call holds."""
@@ -153,17 +153,17 @@ class MemoryPool(Pool):
         self._memory = _Memory.fitted(self.ambiguity, kept.at(order), units, sampled)
 
     def _ratio(self, samples: Samples) -> Tensor:
-        scores, weights, memory = samples.grouped(), samples.weights, self._memory
+        scores, weight, memory = samples.grouped(), samples.weight, self._memory
         if memory is None:
-            ratio = self._on_itself(scores, samples.weight)
+            ratio = self._on_itself(scores, weight)
         else:
             ratio = memory.ratio(scores, samples)
             if not memory.surely_filled:
-                ratio = torch.where(memory.filled, ratio, self._on_itself(scores, samples.weight))
-        if samples.weight is None:
-            return torch.where(scores < torch.inf, ratio, torch.nan)
-        sound = (scores < torch.inf) & (weights >= 0) & (weights < torch.inf)
-        return torch.where(weights == 0, 0.0, torch.where(sound, ratio, torch.nan))
+                ratio = torch.where(memory.filled, ratio, self._on_itself(scores, weight))
+        if weight is None:
+            return ratio.masked_fill(scores.isnan(), torch.nan)
+        sound = (scores < torch.inf) & (weight >= 0) & (weight < torch.inf)
+        return ratio.masked_fill(~sound, torch.nan).masked_fill(weight == 0, 0.0)
 
     def _on_itself(self, scores: Tensor, weight: Tensor | None) -> Tensor:
         if len(scores) < ENOUGH or self.ranks.group is not None:
@@ -173,11 +173,11 @@ class MemoryPool(Pool):
     def _competing(self) -> WorstCase:
         if self._memory is not None:
             return self._memory.worst_case(self.ambiguity)
-        last = self._latest
+        last = self._latest.counted()
         return self.ambiguity.solve_unchecked(last.grouped(), last.weight)
 
     def _size(self) -> Tensor:
-        pool = self._latest if self._memory is None else self._memory.samples
+        pool = self._latest.counted() if self._memory is None else self._memory.samples
         return (pool.weights > 0).sum()
 
     def _plain(self) -> Tensor:

@@ -68,7 +68,7 @@ class Pool(ABC):
     @property
     def _latest(self) -> Samples:
         """Of the last call that had samples."""
-        return next(samples for samples in reversed(self._step) if len(samples.scores)).counted()
+        return next(samples for samples in reversed(self._step) if len(samples.scores))
 
     @property
     def _device(self) -> torch.device:

@@ -44,15 +44,16 @@ class Samples(NamedTuple):
         if groups is not None:
             _checks.integer_ids(groups, rows)
         worst = rows.to(wide) if scores is None else scores.to(wide)
-        bad = ~(worst < torch.inf) if scores is None else ~((worst < torch.inf) & (rows < torch.inf))
-        if weight is not None:
-            bad = bad & (weight != 0)
-        return cls(torch.where(bad, torch.nan, worst), weight, groups)
+        worst = worst.nan_to_num(torch.nan, torch.nan, -torch.inf)
+        if scores is not None:
+            worst = torch.where(rows < torch.inf, worst, torch.nan)
+        return cls(worst, weight, groups)
 
     @property
     def bad(self) -> Tensor:
         """(n,) bool, where a sample that counts is NaN or +inf."""
-        return self.scores.isnan() & (self.weights != 0)
+        bad = self.scores.isnan()
+        return bad if self.weight is None else bad & (self.weight != 0)
 
     @property
     def weights(self) -> Tensor:
