@@ -52,9 +52,14 @@ _INTERPRETED = bool(_TRITON and _NAME) and os.environ.get("TRITON_INTERPRET") ==
 
 def takes(losses: Tensor) -> bool:
     """Whether the kernel solves these losses."""
-    if not (losses.is_cuda or _INTERPRETED) or not _TRITON or losses.shape[-1] > _LONGEST:
+    return losses.shape[-1] <= _LONGEST and runs(losses)
+
+
+def runs(like: Tensor) -> bool:
+    """Whether kernels run where these losses are."""
+    if not _TRITON or not (like.is_cuda or (_INTERPRETED and like.is_cpu)):
         return False
-    return not losses.is_cuda or _runs_on(losses.device)
+    return not like.is_cuda or _runs_on(like.device)
 
 
 def _runs_on(device: torch.device) -> bool:

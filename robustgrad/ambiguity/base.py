@@ -110,6 +110,13 @@ class Rule(Protocol):
     def ratio(self, losses: Tensor, weight: Tensor | float = 1.0) -> Tensor: ...
 
 
+class PlainRule:
+    """Of a ball without radius: ratio 1, for a loss of -inf too."""
+
+    def ratio(self, losses: Tensor, weight: Tensor | float = 1.0) -> Tensor:
+        return torch.ones_like(losses)
+
+
 class AmbiguitySet(ABC):
     """A divergence ball (or penalty) around the base distribution. Frozen, hashable, picklable."""
 
