@@ -72,8 +72,8 @@ def hostile(losses: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
 def test_same_ratio_and_state(ambiguity: AmbiguitySet) -> None:
     """While the memory fills and when it is full, in calls of any size."""
     quick, slow = twins(ambiguity, memory=100)
-    for step, losses in enumerate(stream(8, 33)):
-        for part in losses.split((8, 1, 24)):
+    for step, losses in enumerate(stream(6, 50)):
+        for part in losses.split((9, 1, 40)):
             part, given = hostile(part, step)
             assert_same(ratios(quick, part, **given), ratios(slow, part, **given), 2e-6)
         quick.step(), slow.step()
@@ -115,8 +115,10 @@ def test_gradients(ambiguity: AmbiguitySet) -> None:
     assert (gradients[0][:2] == 0).all()
 
 
-def test_a_checkpoint_goes_from_one_path_to_the_other_and_does_not_move_on() -> None:
-    quick, slow = twins(CVaR(0.3), memory=64)
+@each_typical
+def test_a_checkpoint_goes_from_one_path_to_the_other_and_does_not_move_on(ambiguity: AmbiguitySet) -> None:
+    """And resumes to the bit on the same one."""
+    quick, slow = twins(ambiguity, memory=64)
     data = stream(12, 32)
     for losses in data[:5]:
         quick.ratio(losses)
@@ -125,13 +127,13 @@ def test_a_checkpoint_goes_from_one_path_to_the_other_and_does_not_move_on() -> 
     state = quick.state_dict()
     kept = copy.deepcopy(state)
     slow.load_state_dict(state)
-    resumed, _ = twins(CVaR(0.3), memory=64)
+    resumed, _ = twins(ambiguity, memory=64)
     resumed.load_state_dict(state)
     for losses in data[6:]:
         losses[0] = torch.nan
-        want = slow.ratio(losses)
-        assert_same(quick.ratio(losses), want, 2e-6)
-        assert_same(resumed.ratio(losses), want, 2e-6)
+        found = quick.ratio(losses)
+        assert_same(found, slow.ratio(losses), 2e-6)
+        assert_same(resumed.ratio(losses), found, 0.0)
         quick.step(), slow.step(), resumed.step()
     assert_same(state, kept, 0.0)
     assert_twins(quick, slow)

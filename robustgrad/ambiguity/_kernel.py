@@ -1,7 +1,8 @@
-"""Which way a worst case is solved: by a Triton kernel, one launch, or by torch's own operations.
+"""Which way a worst case is solved: by a Triton kernel or by torch's own operations.
 
-The kernel takes CUDA tensors of at most 4096 losses in a row where Triton is installed and runs; torch does the
-rest: longer rows, the fit of a memory, Apple's GPUs.
+Where Triton is installed and runs, a kernel takes CUDA tensors: rows of at most 4096 losses by one launch, longer ones
+by a fixed number of passes (`_long_rows.py`). Torch does the rest: rows of more than 4096 for a KL radius, and Apple's
+GPUs.
 The environment variable ROBUSTGRAD_KERNEL=torch|triton, read at import, chooses by hand: "torch" never uses
 the kernel, "triton" insists on Triton being there. Under Triton's interpreter (TRITON_INTERPRET=1) "triton"
 takes CPU tensors as well, slowly: that is for tests.
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from . import _long_rows
 
 _LONGEST = 4096  # losses in a row
 _OLDEST = 7  # major compute capability that Triton supports
@@ -50,9 +52,9 @@ _runs: dict[torch.device, bool] = {}
 _INTERPRETED = bool(_TRITON and _NAME) and os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def takes(losses: Tensor) -> bool:
-    """Whether the kernel solves these losses."""
-    return losses.shape[-1] <= _LONGEST and runs(losses)
+def takes(recipe: Recipe, losses: Tensor) -> bool:
+    """Whether there is a kernel for such a set and rows of that length."""
+    return losses.shape[-1] <= _LONGEST or recipe.kind in _long_rows.KINDS
 
 
 def runs(like: Tensor) -> bool:
@@ -92,6 +94,8 @@ def solve(recipe: Recipe, losses: Tensor, base: Tensor | None, mask: Tensor | No
 
 
 def _launch(losses: Tensor, base: Tensor | None, mask: Tensor | None, kind: str, numbers: list[float]) -> Tensor:
+    if losses.shape[-1] > _LONGEST:
+        return _long_rows.launch(losses, base, mask, kind, numbers)
     from ._triton import launch
 
     return launch(losses, base, mask, kind, numbers)

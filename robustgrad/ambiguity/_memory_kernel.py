@@ -87,7 +87,7 @@ def _learn(
     from ._triton_memory import learn as kernel
 
     b, m = seen.shape[1], len(ring)
-    width = _power(m + b)
+    kept = _power(len(new_ring))
     with torch.cuda.device_of(ring):  # type: ignore[no-untyped-call]  # torch leaves it untyped
         kernel[(1,)](
             *(seen, ring, mass, new_ring, new_mass, numbers),
@@ -95,8 +95,9 @@ def _learn(
             *recipe,
             *[0.0] * (5 - len(recipe)),
             KIND=kind,
-            N=width,
-            num_warps=min(16, max(1, width // 128)),
+            N=_power(m + b),
+            KEPT=kept,
+            num_warps=min(16, max(4, kept // 128)),
         )
 
 

@@ -208,6 +208,7 @@ def learn(
     fifth: tl.float64,
     KIND: tl.constexpr,
     N: tl.constexpr,
+    KEPT: tl.constexpr,
 ):
     """Takes the b samples of a step into a memory of m, less `excess` old ones, and fits the rule; in place too."""
     column = tl.arange(0, N)[None, :]
@@ -228,7 +229,11 @@ def learn(
     tl.debug_barrier()  # The new memory may lie where the old one does.
     tl.store(new_ring + place, value, mask=there & (place >= 0))
     tl.store(new_mass + place, weight, mask=there & (place >= 0))
-    weight = tl.where(place >= 0, weight, 0.0)
+    tl.debug_barrier()
+    # In the order of the memory alone, so that a memory that was saved and restored fits the same to the bit.
+    column = tl.arange(0, KEPT)[None, :]
+    value = tl.load(new_ring + column, mask=column < m + b - excess, other=0)
+    weight = tl.load(new_mass + column, mask=column < m + b - excess, other=0)
     on = weight > 0.0
     total = tl.sum(weight, 1, keep_dims=True)
     value = tl.where(on, value, -1.7976931348623157e308)
