@@ -4,15 +4,24 @@
 
 Per ambiguity set: `fit` of a full memory, once per optimizer step; `ratio_1` and `ratio_8`, the rule asked
 about one and eight new losses; `call`, a whole call of the reweighter on one loss with its hook, and with
-the commit and fit of the step shared out over the calls of the step. `call_launches` is counted, not timed: the
-operations of one call that an accelerator would launch one by one. Beside them the bare `sort` and `mean`
+the commit and fit of the step shared out over the calls of the step. Beside them the bare `sort` and `mean`
 of the remembered losses. All of them run interleaved in the same rounds; a time is the median over rounds.
+
+Counted, not timed, are the launches of one call: `call_launches` by torch's own operations, on any accelerator;
+`kernel_launches` by the Triton kernels, of a call within a step, and `first_launches` of the one that begins a step
+and commits the one before. The kernels are counted in Triton's interpreter, in a process of its own, where Triton is
+installed.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -22,7 +31,8 @@ from weight_solver_throughput import SETS
 from robustgrad import AmbiguitySet, Reweighter
 
 CALLS = 32  # micro-batches of one sample per optimizer step
-HEADS = ["set", "memory", "fit_us", "ratio_1_us", "ratio_8_us", "call_us", "sort_us", "mean_us", "call_launches"]
+COUNTS = ["call_launches", "kernel_launches", "first_launches"]
+HEADS = ["set", "memory", "fit_us", "ratio_1_us", "ratio_8_us", "call_us", "sort_us", "mean_us", *COUNTS]
 
 
 def step_of(ambiguity: AmbiguitySet, memory: int, device: str) -> Callable[[], None]:
@@ -50,6 +60,33 @@ def launches_of_call(ambiguity: AmbiguitySet, memory: int) -> int:
     with Launches() as counted:
         reweighter(one)
     return counted.count
+
+
+def launches_by_kernel(ambiguity: AmbiguitySet, memory: int) -> list[int]:
+    """Of a call within a step, and of the first of a step: in a process where Triton interprets."""
+    reweighter, counts = Reweighter(ambiguity, memory=memory), []
+    losses = torch.randn(memory)
+    for part in losses.split(memory // 4):
+        reweighter(part.requires_grad_())
+        reweighter.step()
+    for _ in range(3):
+        one = losses[:1].clone().requires_grad_()
+        with Launches() as counted:
+            reweighter(one)
+        counts.append(counted.count)
+    reweighter.step()
+    one = losses[:1].clone().requires_grad_()
+    with Launches() as counted:
+        reweighter(one)
+    return [counts[-1], counted.count]
+
+
+def counted_by_kernel(memory: int) -> dict[str, list[int]]:
+    if not find_spec("triton"):
+        return {}
+    environment = os.environ | {"TRITON_INTERPRET": "1", "ROBUSTGRAD_KERNEL": "triton", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, __file__, "--count", "--memory", str(memory)]
+    return json.loads(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
 
 
 def measure(ambiguity: AmbiguitySet, memory: int, rounds: int, device: str) -> Row:
@@ -80,15 +117,25 @@ def measure(ambiguity: AmbiguitySet, memory: int, rounds: int, device: str) -> R
     return {"set": repr(ambiguity), "memory": memory, **times, "call_launches": launches_of_call(ambiguity, memory)}
 
 
+def with_counts(row: Row, counts: dict[str, list[int]]) -> Row:
+    within, first = counts.get(row["set"], (None, None))
+    return row | {"kernel_launches": within, "first_launches": first}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="three rounds, in seconds")
     parser.add_argument("--memory", type=int, default=512)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--count", action="store_true", help="only count the launches of the kernels, as JSON")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
+    if arguments.count:
+        print(json.dumps({repr(ambiguity): launches_by_kernel(ambiguity, arguments.memory) for ambiguity in SETS}))
+        return
     rounds, device = 3 if arguments.quick else 15, arguments.device
-    rows, about = [measure(ambiguity, arguments.memory, rounds, device) for ambiguity in SETS], machine(device)
+    counts, about = counted_by_kernel(arguments.memory), machine(device)
+    rows = [with_counts(measure(ambiguity, arguments.memory, rounds, device), counts) for ambiguity in SETS]
     print_table(rows, HEADS, about)
     write_csv(arguments.out / f"memory_pool_cost_{device}.csv", rows, about)
 
