@@ -35,9 +35,12 @@ cores the times are too long, though all contestants suffer alike.
 """
 
 GPU = """On CUDA tensors one Triton kernel launch solves rows of up to 4096 losses
-(`robustgrad/ambiguity/_triton_rows.py`). CI compares it with the torch path in Triton's interpreter and compiles it
-to machine code for sm_80 and sm_90 (`tests/test_kernel.py`). Longer rows, and the memory pool's fit, take the torch
-path: one sort and a few dozen operations, without a host sync. `make bench ARGS="--device cuda"` and
+(`robustgrad/ambiguity/_triton_rows.py`). Longer rows take a fixed number of passes over the losses, each one launch,
+without a sort (`_triton_long.py`): 3 where the threshold is known beforehand (a penalty of total variation, a
+temperature); 28 for a KL radius; otherwise 8 to 10 for bfloat16, 12 to 14 for float32, 20 to 22 for float64. Passes
+that come after the answer is found read no losses. CI compares the kernels with the torch path in Triton's
+interpreter and compiles them to machine code for sm_80 and sm_90 (`tests/test_kernel.py`). Not measured: how long any
+of it takes on a GPU. `make bench ARGS="--device cuda"` and
 `pytest -m cuda` measure and test on a GPU.
 """
 
@@ -109,7 +112,8 @@ def is_number(cell: str | None) -> bool:
 
 def page(results: Results) -> str:
     solver = ["set", "rows", "n", "exact_us", *(f"{name}_us" for name in COMPETITORS), "sort_us", "mean_us"]
-    pool = ["set", "memory", "fit_us", "ratio_1_us", "ratio_8_us", "call_us", "sort_us", "mean_us", "call_launches"]
+    pool = ["set", "memory", "fit_us", "ratio_1_us", "ratio_8_us", "call_us", "sort_us", "mean_us"]
+    pool += ["call_launches", "kernel_launches", "first_launches"]
     step = ["model", "method", "step_ms", "times_plain", "low", "high", "memory_times_plain"]
     capture = ["model", "method", "step_ms", "times_plain", "low", "high"]
     scaling = ["how", "ranks", "samples", "mib_per_rank", "collectives", "exchange_ms", "solve_ms"]
@@ -137,8 +141,11 @@ the same losses solve nothing: they are the yardstick. "-": the competitor does 
 rows at once, or is left out at that size because it takes seconds.
 """
 POOL = """`fit`: once an optimizer step. `ratio`: of one and of eight new losses. `call`: a whole call on one loss, with
-its hook and its share of the commit and fit. `call launches`: the operations of a call that an accelerator would
-launch one by one, counted.
+its hook and its share of the commit and fit. Launches are counted, not timed. `call launches`: the operations of a
+call that an accelerator would launch one by one where torch's own operations do it. `kernel launches`: those of a
+call by the Triton kernels (`robustgrad/ambiguity/_triton_memory.py`), `first launches` of the one that begins a step
+and takes the step before into the memory, counted in Triton's interpreter. A call of 64 samples or more takes one
+launch more. The gradient's product with the ratio, in the backward pass, comes to all of them.
 """
 SCALING = """The exchange of one optimizer step's losses and the exact solve over all of them, chi-square; the last
 column is their share of a step of one second. "On paper" extrapolates the latency and bandwidth of gloo between

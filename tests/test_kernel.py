@@ -92,21 +92,23 @@ def test_the_memory_builds(kind: str, capability: int, tmp_path: Path, monkeypat
 
 
 @needs_triton
-@pytest.mark.parametrize(("kind", "dtype", "capability"), [("ball", "fp32", 90), ("top", "fp64", 80)])
+@pytest.mark.parametrize(
+    ("kind", "dtype", "capability"), [("ball", "fp32", 90), ("top", "fp64", 80), ("tilt", "fp32", 80)]
+)
 def test_long_rows_build(
     kind: str, dtype: str, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from robustgrad.ambiguity import _triton_long as kernels
+    from robustgrad.ambiguity._triton_long import gather, moment, survey, write
+    from robustgrad.ambiguity._triton_long_tilt import reach, tilt
     from robustgrad.ambiguity._triton_search import search
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     known = {"KIND": kind, "FULL": dtype == "fp64", "BASED": True, "MASKED": True, "SHIFT": 29 * (dtype == "fp32")}
-    known |= {"SECOND": True, "T": 256, "B": 256}
-    types = {"losses": f"*{dtype}", "base": "*fp64", "mask": "*u8", "parts": "*fp64", "ends": "*i64", "ratio": "*fp64"}
-    types |= dict.fromkeys(NUMBERS, "fp64")
-    for kernel in (kernels.survey, search, kernels.gather, kernels.moment, kernels.write):
-        if kernel is kernels.moment and kind == "top":
-            continue
+    known |= {"SECOND": True, "LAST": False, "T": 256, "B": 256}
+    types = {"losses": f"*{dtype}", "base": "*fp64", "mask": "*u8", "ends": "*i64"}
+    types |= dict.fromkeys(("parts", "states", "ratio"), "*fp64") | dict.fromkeys((*NUMBERS, "radius"), "fp64")
+    passes = {"ball": (search, gather, moment), "top": (search, gather), "tilt": (reach, tilt)}
+    for kernel in (survey, *passes[kind], write):
         constants = {p.name: known[p.name] for p in kernel.params if p.is_constexpr}
         code = built(kernel, {p.name: types.get(p.name, "i32") for p in kernel.params}, constants, capability, 8)
         assert dtype == "fp32" or ".f32" not in code
@@ -116,12 +118,13 @@ def test_long_rows_build(
 def test_numbers_arrive_in_float64() -> None:
     """Triton takes a Python number for float32 where the kernel does not say otherwise."""
     from robustgrad.ambiguity._triton_long import gather, write
+    from robustgrad.ambiguity._triton_long_tilt import tilt
     from robustgrad.ambiguity._triton_memory import learn
     from robustgrad.ambiguity._triton_rows import solve_rows
     from robustgrad.ambiguity._triton_search import search
 
-    for kernel in (solve_rows, learn, search, gather, write):
-        declared = {p.name: p.annotation_type for p in kernel.params if p.name in NUMBERS}
+    for kernel in (solve_rows, learn, search, gather, write, tilt):
+        declared = {p.name: p.annotation_type for p in kernel.params if p.name in (*NUMBERS, "radius")}
         assert set(declared.values()) == {"fp64"}
 
 

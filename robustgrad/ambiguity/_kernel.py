@@ -1,8 +1,7 @@
 """Which way a worst case is solved: by a Triton kernel or by torch's own operations.
 
 Where Triton is installed and runs, a kernel takes CUDA tensors: rows of at most 4096 losses by one launch, longer ones
-by a fixed number of passes (`_long_rows.py`). Torch does the rest: rows of more than 4096 for a KL radius, and Apple's
-GPUs.
+by a fixed number of passes (`_long_rows.py`). Torch does the rest, Apple's GPUs for one.
 The environment variable ROBUSTGRAD_KERNEL=torch|triton, read at import, chooses by hand: "torch" never uses
 the kernel, "triton" insists on Triton being there. Under Triton's interpreter (TRITON_INTERPRET=1) "triton"
 takes CPU tensors as well, slowly: that is for tests.

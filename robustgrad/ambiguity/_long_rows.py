@@ -10,7 +10,8 @@ from torch import Tensor
 # Of a loss as float64: the last bits that its type never has, and how many bits tell its integers apart.
 _BITS = {torch.float64: (0, 64), torch.float32: (29, 35), torch.bfloat16: (45, 19), torch.float16: (42, 22)}
 _SEARCHED = ("top", "ball", "price")
-KINDS = (*_SEARCHED, "near", "softmax")
+KINDS = (*_SEARCHED, "near", "softmax", "tilt")
+_STEPS = 24  # of the search for a tilt; ordinary losses need about 6, and passes after that do nothing
 _LANES = 152  # as in the kernels
 _BLOCKS = 256
 _TILE = 256
@@ -39,7 +40,7 @@ class _Passes:
         n = losses.shape[-1]
         shift, bits = _BITS[losses.dtype]
         self.kind, self.rows, self.thresholds, self.n = kind, rows, thresholds, n
-        self.passes = bits // 4 + 1 if kind in _SEARCHED else 0
+        self.passes = bits // 4 + 1 if kind in _SEARCHED else _STEPS if kind == "tilt" else 0
         self.blocks = max(1, min(-(-n // (8 * _TILE)), 2 * _BLOCKS // rows, _BLOCKS))
         self.parts = losses.new_empty(thresholds * rows * self.blocks * _LANES, dtype=torch.float64)
         self.ends = losses.new_empty(thresholds * rows * 2 * (self.passes + 1), dtype=torch.int64)
@@ -52,17 +53,33 @@ class _Passes:
 
     def run(self, ratio: Tensor, numbers: tuple[float, ...]) -> None:
         from . import _triton_long as kernels
+
+        self.one(kernels.survey, self.parts)
+        if self.kind == "tilt":
+            self.tilt(numbers[0])
+        else:
+            self.threshold(numbers[0], numbers[2])
+        self.one(kernels.write, self.parts, ratio, tail=numbers, **self.reduced)
+
+    def threshold(self, first: float, third: float) -> None:
+        from . import _triton_long as kernels
         from ._triton_search import search
 
-        first, _, third, _, _ = numbers
         searching = {"both": True, **self.reduced, **self.keyed}
-        self.one(kernels.survey, self.parts)
         for step in range(self.passes):
             self.one(search, self.parts, self.ends, tail=(step, self.passes, first, third), **searching)
         self.one(kernels.gather, self.parts, self.ends, tail=(self.passes, first, third), **searching)
         for second in {"ball": (False, True), "price": (False,)}.get(self.kind, ()):
             self.one(kernels.moment, self.parts, SECOND=second, **self.reduced)
-        self.one(kernels.write, self.parts, ratio, tail=numbers, **self.reduced)
+
+    def tilt(self, radius: float) -> None:
+        from ._triton_long_tilt import reach, tilt
+
+        blocks, states = self.reduced["B"], self.parts.new_empty(self.rows * 4 * (self.passes + 1))
+        self.one(reach, self.parts, B=blocks)
+        for step in range(self.passes + 1):
+            tail = (step, self.passes, radius)
+            self.one(tilt, self.parts, states, tail=tail, B=blocks, LAST=step == self.passes)
 
     def one(self, kernel: Any, *places: Tensor, tail: tuple[float, ...] = (), both: bool = False, **meta: Any) -> None:
         grid = (self.blocks, self.rows, self.thresholds if both else 1)

@@ -21,6 +21,7 @@ from ._triton_parts import (
     RISE,
     SPOILT,
     SPREAD,
+    THETA,
     TIED,
     TOP,
     TOTAL,
@@ -172,6 +173,7 @@ def write(
     other_edge, other_boundary = edge, boundary
     if fourth > 0.0:
         other_edge, other_boundary = _boundary(other, blocks, total, third, B)
+    theta = smallest(parts, THETA, blocks, B)
     if KIND == "ball" or KIND == "price":
         slope, height = _line(KIND, parts, blocks, total, first, B)
     for tile in range(block, tl.cdiv(n, T), blocks):
@@ -185,6 +187,8 @@ def write(
             found = tl.where(value >= top - first, 1.0, 0.0) + tl.where(value == top, rest / best, 0.0)
         elif KIND == "softmax":
             found = tl.exp(drop / first) / mass
+        elif KIND == "tilt":
+            found = tl.exp(drop_of("ball", value, top, finite, FULL) * theta) / mass
         else:
             from_least = drop - drop_of(KIND, least, top, finite, FULL)
             found = tl.where(value >= least, tl.maximum(from_least * slope + height, 0.0), 0.0)

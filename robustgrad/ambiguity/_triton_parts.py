@@ -21,6 +21,7 @@ BEST: tl.constexpr = tl.constexpr(139)  # on the maximum
 LEAST: tl.constexpr = tl.constexpr(140)  # the smallest loss that is not below the threshold
 RISE: tl.constexpr = tl.constexpr(144)
 SPREAD: tl.constexpr = tl.constexpr(145)
+THETA: tl.constexpr = tl.constexpr(146)
 LANES: tl.constexpr = tl.constexpr(152)
 
 

@@ -127,8 +127,8 @@ class AmbiguitySet(ABC):
 
         (or with a penalty on D in the objective). Exact, and without a host sync: values are looked at on
         the CPU alone, where that waits for nothing, and never while torch.compile traces.
-        On CUDA rows of up to 4096 losses take one launch of a Triton kernel, longer ones (but for a KL radius) a
-        fixed number of passes, at most 22, where Triton is installed and runs; the environment variable
+        On CUDA rows of up to 4096 losses take one launch of a Triton kernel, longer ones a fixed number
+        of passes, at most 28, where Triton is installed and runs; the environment variable
         ROBUSTGRAD_KERNEL=torch|triton, read at import, chooses by hand.
 
         Args:
