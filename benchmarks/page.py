@@ -113,7 +113,7 @@ def is_number(cell: str | None) -> bool:
 def page(results: Results) -> str:
     solver = ["set", "rows", "n", "exact_us", *(f"{name}_us" for name in COMPETITORS), "sort_us", "mean_us"]
     pool = ["set", "memory", "fit_us", "ratio_1_us", "ratio_8_us", "call_us", "sort_us", "mean_us"]
-    pool += ["call_launches", "kernel_launches", "first_launches"]
+    launches = ["set", "memory", "by_torch", "by_kernels", "by_kernels_first_of_step"]
     step = ["model", "method", "step_ms", "times_plain", "low", "high", "memory_times_plain"]
     capture = ["model", "method", "step_ms", "times_plain", "low", "high"]
     scaling = ["how", "ranks", "samples", "mib_per_rank", "collectives", "exchange_ms", "solve_ms"]
@@ -131,6 +131,7 @@ def page(results: Results) -> str:
         section("torch.compile", results, "compiled_solver_cpu", compiled).replace("## torch.compile\n", FUSED),
         section("The solve on a GPU", results, "weight_solver_throughput_cuda", solver, GPU),
         section("The memory pool on a GPU", results, "memory_pool_cost_cuda", pool),
+        section("Launches of the memory pool", results, "memory_pool_launches", launches, LAUNCHES),
     ]
     return "\n".join(parts)
 
@@ -141,11 +142,14 @@ the same losses solve nothing: they are the yardstick. "-": the competitor does 
 rows at once, or is left out at that size because it takes seconds.
 """
 POOL = """`fit`: once an optimizer step. `ratio`: of one and of eight new losses. `call`: a whole call on one loss, with
-its hook and its share of the commit and fit. Launches are counted, not timed. `call launches`: the operations of a
-call that an accelerator would launch one by one where torch's own operations do it. `kernel launches`: those of a
-call by the Triton kernels (`robustgrad/ambiguity/_triton_memory.py`), `first launches` of the one that begins a step
-and takes the step before into the memory, counted in Triton's interpreter. A call of 64 samples or more takes one
-launch more. The gradient's product with the ratio, in the backward pass, comes to all of them.
+its hook and its share of the commit and fit.
+"""
+LAUNCHES = """What one call launches on an accelerator, counted without one. `by torch`: its own operations, of a
+call within a step. `by kernels`: the Triton kernels (`robustgrad/ambiguity/_triton_memory.py`), in Triton's
+interpreter; the first call of a step takes the step before into the memory. A call of 64 samples or more takes one
+launch more. The gradient's product with the ratio, in the backward pass, comes to all of them. Nothing waits for the
+host, and a CUDA graph of a training step takes the memory along: replayed launch by launch in the interpreter, it goes
+on as without a graph (`tests/memory_kernel_parity.py`).
 """
 SCALING = """The exchange of one optimizer step's losses and the exact solve over all of them, chi-square; the last
 column is their share of a step of one second. "On paper" extrapolates the latency and bandwidth of gloo between

@@ -56,11 +56,11 @@ def of_pool(column: str, sets: tuple[str, ...]) -> Figure:
 
 
 def most_launches(results: Results) -> str | None:
-    rows = [row for row in results.get("memory_pool_cost_cpu", []) if row.get("first_launches")]
+    rows = [row for row in results.get("memory_pool_launches", []) if row["by_kernels"]]
     if not rows:
         return None
-    within, first = (max(int(row[name]) for row in rows) for name in ("kernel_launches", "first_launches"))
-    return f"{first} in the first of a step and {within} in the others, counted in Triton's interpreter"
+    within, first = (max(int(row[name]) for row in rows) for name in ("by_kernels", "by_kernels_first_of_step"))
+    return f"{first} in the first of a step and {within} in the others, counted without a GPU"
 
 
 def share(ranks: int, samples: int) -> Figure:
