@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from robustgrad import KL, AmbiguitySet, ChiSquare, CVaR, Reweighter, TotalVariation
+from robustgrad.samples import Samples
 
 # The interpreter computes with numpy, which warns of divisions by a zero whose result is not used.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -160,6 +161,26 @@ def test_a_call_that_torch_takes_goes_into_the_same_step() -> None:
             reweighter.ratio(losses[:8])
             reweighter.ratio(losses[:32].reshape(8, 4), units=ids)
         assert_same(quick.ratio(losses[32:50]), slow.ratio(losses[32:50]), 2e-6)
+        quick.step(), slow.step()
+    assert_twins(quick, slow)
+
+
+class TwoRanks:
+    """The other rank sees the same losses."""
+
+    group = object()
+
+    def gather(self, samples: Samples) -> tuple[Samples, slice]:
+        return Samples.join([samples, samples]), slice(len(samples.scores))
+
+
+def test_losses_of_other_ranks_enter_the_memory() -> None:
+    quick, slow = twins(CVaR(0.3), memory=100)
+    quick._pool.ranks = slow._pool.ranks = TwoRanks()
+    for step, losses in enumerate(stream(6, 32)):
+        for part in losses.split(16):
+            part, given = hostile(part, step)
+            assert_same(ratios(quick, part, **given), ratios(slow, part, **given), 2e-6)
         quick.step(), slow.step()
     assert_twins(quick, slow)
 
