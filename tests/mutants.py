@@ -50,8 +50,16 @@ QUICK = {
     "robustgrad": ("pool_edges", "ratio", "window", "reweighter"),
 }
 SLOW = {
-    "ambiguity": ("robust_loss", "compiled", "memory", "ambiguity_ways", "ambiguity_laws"),
-    "robustgrad": ("memory", "schedule", "prompt_groups", "token_units", "optimizer_checkpoints", "faults"),
+    "ambiguity": ("memory", "kernel", "ambiguity_ways", "robust_loss", "ambiguity_laws", "compiled"),
+    "robustgrad": (
+        "memory",
+        "distributed",
+        "schedule",
+        "prompt_groups",
+        "token_units",
+        "optimizer_checkpoints",
+        "faults",
+    ),
 }
 LONGEST = 600.0  # seconds; a change may well make a loop endless
 
