@@ -95,7 +95,7 @@ def test_a_cpu_tensor_is_left_to_torch() -> None:
 
 
 def test_the_name_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"ROBUSTGRAD_KERNEL must be 'torch', 'triton' or 'cpp', got 'cuda'"):
+    with pytest.raises(ValueError, match=r"ROBUSTGRAD_KERNEL must be 'torch' or 'triton' or 'cpp', got 'cuda'"):
         _kernel.chosen("cuda")
     assert _kernel.chosen("torch") == "torch" and _kernel.chosen("cpp") == "cpp"
     monkeypatch.setattr(_kernel, "find_spec", lambda name: None)
