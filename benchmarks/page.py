@@ -41,7 +41,7 @@ path: one sort and a few dozen operations, without a host sync. `make bench ARGS
 `pytest -m cuda` measure and test on a GPU.
 """
 
-FUSED = """Decision: there is one, and nobody needs it. `ROBUSTGRAD_KERNEL=cpp` builds `robustgrad/ambiguity/_fused.cpp`
+FUSED = """Decision: there is one, and nobody needs it. `ROBUSTGRAD_KERNEL=cpp` builds `robustgrad/ambiguity/fused`
 at import, once for each version of torch, and solves all CPU tensors by it; without the variable no compiler is ever
 called. torch.compile of the eager path, which would have been simpler, does not come near the targets. What the
 kernel saves, tens of microseconds on the losses of a batch, is not seen beside a training step of milliseconds; it

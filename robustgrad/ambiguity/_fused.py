@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-_SOURCE = Path(__file__).with_name("_fused.cpp")
+_SOURCES = Path(__file__).with_name("fused")
 # No product is fused with a sum: vectors and what is left over of them would round differently, and ties part.
 _FLAGS = ["-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
 # As torch names what the processor has, rather than all of it: machines that share a home directory may differ.
@@ -46,9 +46,10 @@ def build() -> None:
 def _load() -> None:
     from torch.utils.cpp_extension import load
 
+    sources = sorted(_SOURCES.iterdir())
     flags = _FLAGS + _VECTORS.get(torch.backends.cpu.get_cpu_capability(), [])
-    name = _name(torch.__version__, _SOURCE.read_text(), *flags)
-    load(name, [str(_SOURCE)], extra_cflags=flags, is_python_module=False)
+    name = _name(torch.__version__, *flags, *(path.read_text() for path in sources))
+    load(name, [str(path) for path in sources if path.suffix == ".cpp"], extra_cflags=flags, is_python_module=False)
 
 
 def _name(*parts: str) -> str:
