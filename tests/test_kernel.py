@@ -37,9 +37,8 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
     )
 
 
-def assert_parity_in_a_process(**environment: str) -> None:
-    options = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist")
-    run = python("-m", "pytest", *options, "tests/kernel_parity.py", **environment)
+def assert_parity_in_a_process(*files: str, **environment: str) -> None:
+    run = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files, **environment)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
     assert " passed" in run.stdout, run.stdout[-500:]
 
@@ -47,13 +46,13 @@ def assert_parity_in_a_process(**environment: str) -> None:
 @needs_triton
 def test_parity_in_the_interpreter() -> None:
     """Triton decides at its import whether it interprets: a process of its own."""
-    assert_parity_in_a_process(TRITON_INTERPRET="1", ROBUSTGRAD_KERNEL="triton")
+    assert_parity_in_a_process("tests/kernel_parity.py", TRITON_INTERPRET="1", ROBUSTGRAD_KERNEL="triton")
 
 
 @needs_compiler
 def test_parity_in_cpp() -> None:
     """The operator is registered once, at import: a process of its own."""
-    assert_parity_in_a_process(ROBUSTGRAD_KERNEL="cpp", OMP_NUM_THREADS="1")
+    assert_parity_in_a_process("tests/kernel_parity.py", ROBUSTGRAD_KERNEL="cpp", OMP_NUM_THREADS="1")
 
 
 @needs_triton
