@@ -153,10 +153,20 @@ def test_at_saturation(case: inputs.Case) -> None:
         laws.assert_optimal(comparing.alone, ambiguity, case)
 
 
+@pytest.mark.parametrize("base", [None, torch.linspace(1, 2, 6)], ids=["uniform", "weighted"])
 @each_typical
-def test_zeros_of_either_sign_are_tied(ambiguity: AmbiguitySet) -> None:
-    ratio = ambiguity.solve(torch.tensor([0.0, -0.0, -1.0, 0.0, -0.0, -2.0])).wide_ratio
+def test_zeros_of_either_sign_are_tied(ambiguity: AmbiguitySet, base: Tensor | None) -> None:
+    ratio = ambiguity.solve(torch.tensor([-0.0, 0.0, -1.0, 0.0, -0.0, -2.0]), base=base).wide_ratio
     assert ratio[[0, 1, 3, 4]].unique().numel() == 1
+    assert_parity(ambiguity, torch.tensor([-0.0, 1.0, 0.0, -1.0, -0.0, -2.0]), base, None)
+
+
+@pytest.mark.parametrize("radius", [1e-18, 1e-15, 1e-9, 1e-5, 1e-2])
+@pytest.mark.parametrize("kind", [KL, ChiSquare])
+def test_a_small_radius_is_spent(kind: type[KL] | type[ChiSquare], radius: float) -> None:
+    """Within 2e-6 of 1 every ratio would be right."""
+    found = kind(radius).solve(inputs.ORDINARY[3].losses).divergence.item()
+    assert found == pytest.approx(radius, rel=1e-3, abs=0)
 
 
 @each_typical

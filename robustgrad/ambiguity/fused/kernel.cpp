@@ -75,7 +75,7 @@ double widen(const Scalar* losses, double* value, int64_t n, double lowest) {
   double top = -kInf, wrong = 0;
 #pragma omp simd reduction(max : top) reduction(+ : wrong)
   for (int64_t i = 0; i < n; ++i) {
-    const double given = losses[i], kept = larger(given, lowest) + 0.0;  // -0 becomes 0
+    const double given = losses[i], kept = larger(given, lowest);
     wrong += given < kInf ? 0.0 : 1.0;
     value[i] = kept;
     top = larger(kept, top);

@@ -65,7 +65,7 @@ inline int64_t key_of(double value) {
   return bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF);
 }
 
-// The smallest value that is active, for values none of which is -0: a bisection on the integers in their order,
+// The smallest value that is active, where all above it are: a bisection on the integers in the order of the values,
 // whose bounds move on to values of the row. At most 64 steps.
 template <typename Weight, typename Active>
 inline double smallest_active(const Row<Weight>& row, double top, Active active) {
