@@ -91,7 +91,7 @@ class Problem(NamedTuple):
     def expect(self, values: Tensor) -> Tensor:
         """Mean of `values` under the base, (..., 1)."""
         if self.base is None:
-            return values.sum(-1, keepdim=True) / values.shape[-1]
+            return values.mean(-1, keepdim=True)
         return (self.base * values).sum(-1, keepdim=True)
 
     def distance(self) -> Tensor:

@@ -121,7 +121,8 @@ class AmbiguitySet(ABC):
         (or with a penalty on D in the objective). Exact, and without a host sync: values are looked at on
         the CPU alone, where that waits for nothing, and never while torch.compile traces.
         On CUDA rows of up to 4096 losses take one launch of a Triton kernel, where that is installed and runs;
-        the environment variable ROBUSTGRAD_KERNEL=torch|triton, read at import, chooses by hand.
+        the environment variable ROBUSTGRAD_KERNEL=torch|triton|cpp, read at import, chooses by hand: "cpp" builds
+        a C++ kernel for CPU tensors, and only that calls a compiler.
 
         Args:
             losses: (..., n) float16, bfloat16, float32 or float64; higher is worse. Rows are separate
