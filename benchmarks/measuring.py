@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 class PeakMemory(TorchDispatchMode):
-    """Most bytes alive at once among the tensors made inside; what an operation uses within is not seen."""
+    """Most bytes alive at once among the tensors made inside; what an operation, or numpy, uses within is not seen."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -203,6 +203,13 @@ def test_deterministic(ambiguity: AmbiguitySet) -> None:
     assert torch.equal(ambiguity.solve(losses).wide_ratio, ambiguity.solve(losses).wide_ratio)
 
 
+@of_cpp
+@pytest.mark.parametrize("recipe", [("ball", [0.5]), ("top", [0.9, 1.0, 0.0, 0.0, 0.1])], ids=["ball", "top"])
+def test_the_operator_keeps_to_the_rules_of_torch(recipe: tuple[str, list[float]]) -> None:
+    given = (torch.randn(3, 5).mT, torch.rand(3), torch.ones(5, 3, dtype=torch.bool))
+    torch.library.opcheck(torch.ops.robustgrad.worst_ratio.default, (*given, *recipe))
+
+
 @pytest.mark.parametrize("ambiguity", TYPICAL[::4], ids=str)
 def test_compiled_and_transformed(ambiguity: AmbiguitySet) -> None:
     torch._dynamo.reset()
