@@ -4,15 +4,24 @@
 
 Per ambiguity set: `fit` of a full memory, once per optimizer step; `ratio_1` and `ratio_8`, the rule asked
 about one and eight new losses; `call`, a whole call of the reweighter on one loss with its hook, and with
-the commit and fit of the step shared out over the calls of the step. `call_launches` is counted, not timed: the
-operations of one call that an accelerator would launch one by one. Beside them the bare `sort` and `mean`
+the commit and fit of the step shared out over the calls of the step. Beside them the bare `sort` and `mean`
 of the remembered losses. All of them run interleaved in the same rounds; a time is the median over rounds.
+
+Counted, not timed, are the launches of one call on an accelerator: `by_torch` with torch's own operations; `by_kernels`
+with the Triton kernels, of a call within a step, and `by_kernels_first_of_step` of the one that begins a step and
+commits the one before. The kernels are counted in Triton's interpreter, in a process of its own, where Triton is
+installed. `--count` does nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -21,8 +30,10 @@ from weight_solver_throughput import SETS
 
 from robustgrad import AmbiguitySet, Reweighter
 
+HERE = Path(__file__).parent
 CALLS = 32  # micro-batches of one sample per optimizer step
-HEADS = ["set", "memory", "fit_us", "ratio_1_us", "ratio_8_us", "call_us", "sort_us", "mean_us", "call_launches"]
+HEADS = ["set", "memory", "fit_us", "ratio_1_us", "ratio_8_us", "call_us", "sort_us", "mean_us"]
+COUNTED = ["set", "memory", "by_torch", "by_kernels", "by_kernels_first_of_step"]
 
 
 def step_of(ambiguity: AmbiguitySet, memory: int, device: str) -> Callable[[], None]:
@@ -52,6 +63,47 @@ def launches_of_call(ambiguity: AmbiguitySet, memory: int) -> int:
     return counted.count
 
 
+def launches_by_kernels(ambiguity: AmbiguitySet, memory: int) -> list[int]:
+    """Of a call within a step, and of the first of a step: in a process where Triton interprets."""
+    reweighter, counts = Reweighter(ambiguity, memory=memory), []
+    losses = torch.randn(memory)
+    for part in losses.split(memory // 4):
+        reweighter(part.requires_grad_())
+        reweighter.step()
+    for _ in range(3):
+        one = losses[:1].clone().requires_grad_()
+        with Launches() as counted:
+            reweighter(one)
+        counts.append(counted.count)
+    reweighter.step()
+    one = losses[:1].clone().requires_grad_()
+    with Launches() as counted:
+        reweighter(one)
+    return [counts[-1], counted.count]
+
+
+def counted(memory: int) -> list[Row]:
+    """The launches of each set, those of the kernels in a process where Triton interprets."""
+    by_kernels: dict[str, list[int]] = {}
+    if find_spec("triton"):
+        environment = os.environ | {"TRITON_INTERPRET": "1", "ROBUSTGRAD_KERNEL": "triton", "PYTHONWARNINGS": "ignore"}
+        code = f"import memory_pool_cost as m, json; print(json.dumps(m.counted_by_kernels({memory})))"
+        run = [sys.executable, "-c", code]
+        found = subprocess.run(run, env=environment, check=True, capture_output=True, text=True, cwd=HERE)
+        by_kernels = json.loads(found.stdout)
+    nothing = [None, None]
+    return [
+        dict(
+            zip(COUNTED, (repr(a), memory, launches_of_call(a, memory), *by_kernels.get(repr(a), nothing)), strict=True)
+        )
+        for a in SETS
+    ]
+
+
+def counted_by_kernels(memory: int) -> dict[str, list[int]]:
+    return {repr(ambiguity): launches_by_kernels(ambiguity, memory) for ambiguity in SETS}
+
+
 def measure(ambiguity: AmbiguitySet, memory: int, rounds: int, device: str) -> Row:
     generator = torch.Generator().manual_seed(memory)
     remembered = torch.randn(memory, dtype=torch.float64, generator=generator).to(device)
@@ -77,7 +129,7 @@ def measure(ambiguity: AmbiguitySet, memory: int, rounds: int, device: str) -> R
     )
     spent["call"] /= CALLS
     times = {f"{name}_us": round(us, 2) for name, us in spent.items()}
-    return {"set": repr(ambiguity), "memory": memory, **times, "call_launches": launches_of_call(ambiguity, memory)}
+    return {"set": repr(ambiguity), "memory": memory, **times}
 
 
 def main() -> None:
@@ -85,12 +137,17 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="three rounds, in seconds")
     parser.add_argument("--memory", type=int, default=512)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--count", action="store_true", help="only count launches")
+    parser.add_argument("--out", type=Path, default=HERE / "results")
     arguments = parser.parse_args()
-    rounds, device = 3 if arguments.quick else 15, arguments.device
-    rows, about = [measure(ambiguity, arguments.memory, rounds, device) for ambiguity in SETS], machine(device)
-    print_table(rows, HEADS, about)
-    write_csv(arguments.out / f"memory_pool_cost_{device}.csv", rows, about)
+    rounds, device, about = 3 if arguments.quick else 15, arguments.device, machine(arguments.device)
+    launches = counted(arguments.memory)
+    print_table(launches, COUNTED, about)
+    write_csv(arguments.out / "memory_pool_launches.csv", launches, about)
+    if not arguments.count:
+        rows = [measure(ambiguity, arguments.memory, rounds, device) for ambiguity in SETS]
+        print_table(rows, HEADS, about)
+        write_csv(arguments.out / f"memory_pool_cost_{device}.csv", rows, about)
 
 
 if __name__ == "__main__":

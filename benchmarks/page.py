@@ -35,9 +35,12 @@ cores the times are too long, though all contestants suffer alike.
 """
 
 GPU = """On CUDA tensors one Triton kernel launch solves rows of up to 4096 losses
-(`robustgrad/ambiguity/_triton_rows.py`). CI compares it with the torch path in Triton's interpreter and compiles it
-to machine code for sm_80 and sm_90 (`tests/test_kernel.py`). Longer rows, and the memory pool's fit, take the torch
-path: one sort and a few dozen operations, without a host sync. `make bench ARGS="--device cuda"` and
+(`robustgrad/ambiguity/_triton_rows.py`). Longer rows take a fixed number of passes over the losses, each one launch,
+without a sort (`_triton_long.py`): 3 where the threshold is known beforehand (a penalty of total variation, a
+temperature); 28 for a KL radius; otherwise 8 to 10 for bfloat16, 12 to 14 for float32, 20 to 22 for float64. Passes
+that come after the answer is found read no losses. CI compares the kernels with the torch path in Triton's
+interpreter and compiles them to machine code for sm_80 and sm_90 (`tests/test_kernel.py`). Not measured: how long any
+of it takes on a GPU. `make bench ARGS="--device cuda"` and
 `pytest -m cuda` measure and test on a GPU.
 """
 
@@ -111,7 +114,8 @@ def is_number(cell: str | None) -> bool:
 
 def page(results: Results) -> str:
     solver = ["set", "rows", "n", "exact_us", "fused_us", *(f"{name}_us" for name in COMPETITORS), "sort_us", "mean_us"]
-    pool = ["set", "memory", "fit_us", "ratio_1_us", "ratio_8_us", "call_us", "sort_us", "mean_us", "call_launches"]
+    pool = ["set", "memory", "fit_us", "ratio_1_us", "ratio_8_us", "call_us", "sort_us", "mean_us"]
+    launches = ["set", "memory", "by_torch", "by_kernels", "by_kernels_first_of_step"]
     step = ["model", "method", "step_ms", "times_plain", "low", "high", "memory_times_plain"]
     capture = ["model", "method", "step_ms", "times_plain", "low", "high"]
     scaling = ["how", "ranks", "samples", "mib_per_rank", "collectives", "exchange_ms", "solve_ms"]
@@ -130,6 +134,7 @@ def page(results: Results) -> str:
         section("A solver in C++?", results, "compiled_solver_cpu", [*compiled, *times], FUSED),
         section("The solve on a GPU", results, "weight_solver_throughput_cuda", solver, GPU),
         section("The memory pool on a GPU", results, "memory_pool_cost_cuda", pool),
+        section("Launches of the memory pool", results, "memory_pool_launches", launches, LAUNCHES),
     ]
     return "\n".join(parts)
 
@@ -141,8 +146,14 @@ yardstick. "-": the competitor does not solve that set, or not many rows at once
 it takes seconds.
 """
 POOL = """`fit`: once an optimizer step. `ratio`: of one and of eight new losses. `call`: a whole call on one loss, with
-its hook and its share of the commit and fit. `call launches`: the operations of a call that an accelerator would
-launch one by one, counted.
+its hook and its share of the commit and fit.
+"""
+LAUNCHES = """What one call launches on an accelerator, counted without one. `by torch`: its own operations, of a
+call within a step. `by kernels`: the Triton kernels (`robustgrad/ambiguity/_triton_memory.py`), in Triton's
+interpreter; the first call of a step takes the step before into the memory. A call of 64 samples or more takes one
+launch more. The gradient's product with the ratio, in the backward pass, comes to all of them. Nothing waits for the
+host, and a CUDA graph of a training step takes the memory along: replayed launch by launch in the interpreter, it goes
+on as without a graph (`tests/memory_kernel_parity.py`).
 """
 SCALING = """The exchange of one optimizer step's losses and the exact solve over all of them, chi-square; the last
 column is their share of a step of one second. "On paper" extrapolates the latency and bandwidth of gloo between

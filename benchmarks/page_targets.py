@@ -73,8 +73,11 @@ def of_pool(column: str, sets: tuple[str, ...]) -> Figure:
 
 
 def most_launches(results: Results) -> str | None:
-    counts = [int(row["call_launches"]) for row in results.get("memory_pool_cost_cpu", []) if row.get("call_launches")]
-    return f"{max(counts)}, counted without a GPU" if counts else None
+    rows = [row for row in results.get("memory_pool_launches", []) if row["by_kernels"]]
+    if not rows:
+        return None
+    within, first = (max(int(row[name]) for row in rows) for name in ("by_kernels", "by_kernels_first_of_step"))
+    return f"{first} in the first of a step and {within} in the others, counted without a GPU"
 
 
 def share(ranks: int, samples: int) -> Figure:

@@ -2,82 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _state_checks
+from ._remembered import ENOUGH, Remembered, Room
 from ._units import Units
-from .ambiguity import AmbiguitySet, Rule, WorstCase
-from .ambiguity._problem import Problem
+from .ambiguity import AmbiguitySet, WorstCase
+from .ambiguity import _memory_kernel as kernel
 from .distributed import Ranks
 from .pool import Pool
-from .samples import Samples
+from .samples import Given, Samples
 from .schedule import Schedule
-
-ENOUGH = 64  # remembered losses; fewer carry no rule
-_ROUNDING = 1e-12  # relative difference of equal losses that were put into other units and back
-
-
-@dataclass(frozen=True, eq=False)
-class _Memory:
-    """What is known between two steps. `samples`, `units` and `sampled` determine the rest."""
-
-    samples: Samples  # oldest first, standardised, weight 0 where not finite
-    units: Units
-    sampled: Tensor  # how many samples of the last step counted
-    scores: Tensor  # those of the samples, or the means of their groups
-    rule: Rule
-    filled: Tensor
-
-    @classmethod
-    def fitted(cls, ambiguity: AmbiguitySet, samples: Samples, units: Units, sampled: Tensor) -> _Memory:
-        scores, weights = samples.grouped(), samples.weights
-        rule = ambiguity.fit(scores, weights, unit=units.spread, step_size=sampled.clamp_min(1.0))
-        filled = ((weights > 0).sum() >= ENOUGH) & _vary(scores, weights, units)
-        return cls(samples, units, sampled, scores, rule, filled)
-
-    @property
-    def surely_filled(self) -> bool:
-        # On the CPU looking costs no sync; elsewhere both answers are computed and the right one is taken.
-        return self.filled.is_cpu and bool(self.filled)
-
-    def ratio(self, scores: Tensor, samples: Samples) -> Tensor:
-        own = self.units.into(scores)
-        if samples.groups is not None and self.samples.groups is not None:
-            own = self._of_groups(own, samples.groups, self.samples.groups)
-        return self.rule.ratio(own, samples.weights)
-
-    def _of_groups(self, own: Tensor, groups: Tensor, remembered: Tensor) -> Tensor:
-        """A group that is remembered counts with its remembered mean, whatever part of it a call holds."""
-        member = (groups[:, None] == remembered) & (self.samples.weights > 0)
-        first = member.byte().argmax(-1)
-        # A sample that is not finite stays visible as such.
-        return torch.where(member.any(-1) & own.isfinite(), self.scores[first], own)
-
-    def worst_case(self, ambiguity: AmbiguitySet) -> WorstCase:
-        """What the rule makes of the remembered losses: of the set itself, unless that is capped."""
-        weights = self.samples.weights
-        problem = Problem.unchecked(self.units.out_of(self.scores), weights)
-        # A rule spreads over the weight of a loss that it meets; without weight there is nothing to spread over.
-        ratio = torch.where(weights > 0, self.rule.ratio(self.scores, weights), 0.0)
-        return WorstCase(ambiguity, problem, problem.finish(ratio / problem.expect(ratio)))
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "samples": self.samples.state_dict(),
-            "units": self.units.state_dict(),
-            "sampled": self.sampled,
-        }
-
-
-def _vary(scores: Tensor, weights: Tensor, units: Units) -> Tensor:
-    """Whether the remembered losses differ: equal ones say nothing about the order of others."""
-    top = torch.where(weights > 0, scores, -torch.inf).amax()
-    bottom = torch.where(weights > 0, scores, torch.inf).amin()
-    return (top - bottom) * units.spread > _ROUNDING * units.level.abs()
 
 
 class MemoryPool(Pool):
@@ -99,7 +37,8 @@ class MemoryPool(Pool):
         super().__init__(ambiguity, ranks)
         self._size_asked = memory
         self._step_size = 0
-        self._memory: _Memory | None = None
+        self._memory: Remembered | None = None
+        self._room = Room()
         self._exchanged = 0  # of the entries in `_step`, those that stem from all ranks already
 
     def check(self, samples: Samples) -> None:
@@ -138,11 +77,23 @@ class MemoryPool(Pool):
         return self._waiting() >= self._capacity() // 4
 
     def _finish_step(self) -> None:
-        step = Samples.join(self._step)._replace(ratio=None).counted()
         self._exchanged = 0
-        if len(step.scores) == 0:
+        if not self._waiting():
             return
-        self._step_size = len(step.scores)
+        self._step_size = self._waiting()
+        if self._memory is not None and self._memory.numbers is not None and self._learns(self._memory):
+            seen = self._room.seen(self._step)
+            self._memory = self._memory.learned(self.ambiguity, seen, self._capacity())
+        else:
+            self._memory = self._learned(Samples.join(self._step)._replace(ratio=None).counted())
+        self._room.used = 0
+
+    def _learns(self, memory: Remembered) -> bool:
+        """Whether a kernel takes the step in."""
+        most = max(len(memory.samples.scores), self._capacity())
+        return kernel.learns(most, self._step_size, self.ambiguity._recipe())
+
+    def _learned(self, step: Samples) -> Remembered:
         units = Units.new(step.scores) if self._memory is None else self._memory.units
         units = units.updated(step.scores, step.weights)
         kept = step._replace(scores=units.into(step.scores))
@@ -150,20 +101,40 @@ class MemoryPool(Pool):
         # What does not count goes first, in order otherwise: a queue that drops without knowing how many.
         order = (kept.weights > 0).byte().argsort(stable=True)[-self._capacity() :]
         sampled = (step.weights > 0).sum(dtype=step.scores.dtype)
-        self._memory = _Memory.fitted(self.ambiguity, kept.at(order), units, sampled)
+        return Remembered(self.ambiguity, kept.at(order), units, sampled)
 
     def _ratio(self, samples: Samples) -> Tensor:
-        scores, weights, memory = samples.grouped(), samples.weights, self._memory
+        scores, weight, memory = samples.grouped(), samples.weight, self._memory
         if memory is None:
-            ratio = self._on_itself(scores, samples.weight)
+            ratio = self._on_itself(scores, weight)
         else:
             ratio = memory.ratio(scores, samples)
             if not memory.surely_filled:
-                ratio = torch.where(memory.filled, ratio, self._on_itself(scores, samples.weight))
-        if samples.weight is None:
-            return torch.where(scores < torch.inf, ratio, torch.nan)
-        sound = (scores < torch.inf) & (weights >= 0) & (weights < torch.inf)
-        return torch.where(weights == 0, 0.0, torch.where(sound, ratio, torch.nan))
+                ratio = torch.where(memory.filled, ratio, self._on_itself(scores, weight))
+        if weight is None:
+            return ratio.masked_fill(scores.isnan(), torch.nan)
+        sound = (scores < torch.inf) & (weight >= 0) & (weight < torch.inf)
+        return ratio.masked_fill(~sound, torch.nan).masked_fill(weight == 0, 0.0)
+
+    def quick_ratio(self, given: Given, nonfinite: Tensor) -> Tensor | None:
+        if self._memory is None or not given.losses.is_floating_point() or not kernel.runs(given.losses):
+            return None
+        alone = len(given.losses) >= ENOUGH and self.ranks.group is None
+        if len(given.losses) == 0 or given.groups is not None or (alone and given.scores is not None):
+            return None
+        losses, scores, _, base, mask = given
+        self.check(Samples(losses))
+        self._begin(losses.device)
+        memory = self._memory.kept_by_kernel()
+        if memory is None:
+            return None
+        self._memory = memory
+        unfilled = self.ambiguity.solve_unchecked(losses, base, mask).wide_ratio if alone else None
+        seen = self._room.take(len(losses), losses.device)
+        ratio = memory.met((losses, scores, base, mask, unfilled), seen, nonfinite)
+        weight = None if base is None and mask is None else seen[1]
+        self._record(Samples(seen[0], weight, None, seen[2]))
+        return ratio
 
     def _on_itself(self, scores: Tensor, weight: Tensor | None) -> Tensor:
         if len(scores) < ENOUGH or self.ranks.group is not None:
@@ -173,11 +144,11 @@ class MemoryPool(Pool):
     def _competing(self) -> WorstCase:
         if self._memory is not None:
             return self._memory.worst_case(self.ambiguity)
-        last = self._latest
+        last = self._latest.counted()
         return self.ambiguity.solve_unchecked(last.grouped(), last.weight)
 
     def _size(self) -> Tensor:
-        pool = self._latest if self._memory is None else self._memory.samples
+        pool = self._latest.counted() if self._memory is None else self._memory.samples
         return (pool.weights > 0).sum()
 
     def _plain(self) -> Tensor:
@@ -190,11 +161,11 @@ class MemoryPool(Pool):
         if self._memory is not None:
             self._memory = self._restored(self._memory.state_dict(), device)
 
-    def _restored(self, state: dict[str, Any], device: torch.device | None = None) -> _Memory:
+    def _restored(self, state: dict[str, Any], device: torch.device | None = None) -> Remembered:
         samples, units = Samples.restored(state["samples"], device), Units.restored(state["units"], device)
         _state_checks.finite(samples.state_dict())
         _state_checks.numbers({"sampled": state["sampled"]}, positive="")
-        return _Memory.fitted(self.ambiguity, samples, units, state["sampled"].to(device, copy=True))
+        return Remembered(self.ambiguity, samples, units, state["sampled"].to(device, copy=True))
 
     def state_dict(self) -> dict[str, Any]:
         memory = None if self._memory is None else self._memory.state_dict()
@@ -205,3 +176,4 @@ class MemoryPool(Pool):
         self._step_size = _state_checks.part(state, "step_size", int)
         self._exchanged = len(self._step) if self._marked or not self.expects_steps else 0
         self._memory = None if state["memory"] is None else self._restored(state["memory"])
+        self._room = Room()

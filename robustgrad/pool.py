@@ -14,7 +14,7 @@ from torch import Tensor
 from . import _state_checks
 from .ambiguity import AmbiguitySet, WorstCase
 from .distributed import Ranks
-from .samples import Samples
+from .samples import Given, Samples
 from .schedule import Constant, Schedule
 
 _FORGOTTEN = 2**15  # losses waiting for an optimizer step that does not come
@@ -46,15 +46,26 @@ class Pool(ABC):
     def ratio(self, samples: Samples) -> Tensor:
         """Ratio of each sample, (n,): NaN where the sample is NaN or +inf, 0 where its weight is 0."""
         self.check(samples)
-        if self.started and self._device != samples.scores.device:
-            self._move(samples.scores.device)
+        self._begin(samples.scores.device)
+        ratio = self._ratio(samples)
+        self._record(samples._replace(ratio=ratio))
+        return ratio
+
+    def quick_ratio(self, given: Given, nonfinite: Tensor) -> Tensor | None:
+        """`ratio` by kernels, where they take the call: in float32, or float64 for such losses.
+
+        Adds to `nonfinite` how many samples are NaN or +inf.
+        """
+        return None
+
+    def _begin(self, device: torch.device) -> None:
+        """Before a call on that device: follow it there, and finish a step that has ended."""
+        if self.started and self._device != device:
+            self._move(device)
         if self.started and (self._marked or self._overdue()):
             self.schedule.advance()
             self._finish_step()
             self._step, self._marked = [], False
-        ratio = self._ratio(samples)
-        self._record(samples._replace(ratio=ratio))
-        return ratio
 
     @property
     def surveying(self) -> bool:
@@ -68,7 +79,7 @@ class Pool(ABC):
     @property
     def _latest(self) -> Samples:
         """Of the last call that had samples."""
-        return next(samples for samples in reversed(self._step) if len(samples.scores)).counted()
+        return next(samples for samples in reversed(self._step) if len(samples.scores))
 
     @property
     def _device(self) -> torch.device:

@@ -12,9 +12,9 @@ from ._traced import remember, traced_ratio
 from .ambiguity import AmbiguitySet
 from .distributed import Ranks
 from .pools import POOLS, make_pool
-from .samples import Samples
+from .samples import Given, Samples
 from .schedule import Schedule
-from .token_units import Unit, samples_of_call
+from .token_units import Unit, Units
 
 _VERSION = 1
 
@@ -115,10 +115,26 @@ class Ratios:
         """Ratio of each loss, in its shape; exactly 0 where masked."""
         if torch.compiler.is_compiling():
             return traced_ratio(self, losses, self._pool.surveying, (scores, groups, base, mask), units)
-        samples, of_token = samples_of_call(losses, units, scores, groups, base, mask)
-        ratio = self._ratio_of(samples)
-        ratio = (ratio if of_token is None else ratio[of_token]).reshape(losses.shape)
+        if units is not None:
+            samples, of_token = Units.of_call(losses, units, scores, groups, base, mask)
+            ratio = self._ratio_of(samples)[of_token]
+        else:
+            given = Given.of_call(losses, scores, groups, base, mask)
+            quick = self._quick_ratio(given)
+            if quick is not None:
+                return quick.reshape(losses.shape)
+            ratio = self._ratio_of(given.samples()).reshape(losses.shape)
         return ratio if mask is None else torch.where(mask.reshape(losses.shape), ratio, 0.0)
+
+    def _quick_ratio(self, given: Given) -> Tensor | None:
+        if self.on_nonfinite == "raise" or self._pool.surveying:
+            return None
+        before, device = self._nonfinite, given.losses.device
+        counter = torch.as_tensor(before, dtype=torch.int64, device=device)
+        found = self._pool.quick_ratio(given, counter)
+        if found is not None:
+            self._nonfinite = counter
+        return found
 
     def _ratio_of(self, samples: Samples) -> Tensor:
         if not self._pool.surveying:
@@ -151,14 +167,14 @@ class Ratios:
         """
         if not self._pool.started:
             return {}
-        return self._pool.metrics() | {"nonfinite": torch.as_tensor(self._nonfinite)}
+        return self._pool.metrics() | {"nonfinite": torch.as_tensor(self._nonfinite).clone()}
 
     def state_dict(self) -> dict[str, Any]:
         """All that a bit-exact resume needs; loads with `torch.load(weights_only=True)`."""
         return {
             "version": _VERSION,
             "configuration": self._configuration(),
-            "nonfinite": self._nonfinite,
+            "nonfinite": self._nonfinite if isinstance(self._nonfinite, int) else self._nonfinite.clone(),
             "pool": self._pool.state_dict(),
         }
 
@@ -170,7 +186,7 @@ class Ratios:
             # A rehearsal, so that a state that is refused half-way changes nothing here.
             make_pool(self.pool, self.ambiguity, self._ranks, self._memory).load_state_dict(state["pool"])
         self._pool.load_state_dict(state["pool"])
-        self._nonfinite = nonfinite
+        self._nonfinite = nonfinite if isinstance(nonfinite, int) else nonfinite.clone()
 
     def _configuration(self) -> dict[str, Any]:
         return {"ambiguity": repr(self.ambiguity), "pool": self.pool, "memory": self._memory or None}

@@ -35,24 +35,13 @@ class Samples(NamedTuple):
         mask: Tensor | None = None,
     ) -> Samples:
         """Raises: ValueError or TypeError: an argument that does not fit the losses."""
-        rows = losses.detach().reshape(-1)
-        wide = wide_dtype(losses.device)
-        scores, groups = _row("scores", scores, losses), _row("groups", groups, losses)
-        weight = _weight(_row("base", base, losses), _row("mask", mask, losses), rows)
-        if scores is not None:
-            _checks.floating("scores", scores)
-        if groups is not None:
-            _checks.integer_ids(groups, rows)
-        worst = rows.to(wide) if scores is None else scores.to(wide)
-        bad = ~(worst < torch.inf) if scores is None else ~((worst < torch.inf) & (rows < torch.inf))
-        if weight is not None:
-            bad = bad & (weight != 0)
-        return cls(torch.where(bad, torch.nan, worst), weight, groups)
+        return Given.of_call(losses, scores, groups, base, mask).samples()
 
     @property
     def bad(self) -> Tensor:
         """(n,) bool, where a sample that counts is NaN or +inf."""
-        return self.scores.isnan() & (self.weights != 0)
+        bad = self.scores.isnan()
+        return bad if self.weight is None else bad & (self.weight != 0)
 
     @property
     def weights(self) -> Tensor:
@@ -96,16 +85,44 @@ class Samples(NamedTuple):
         )
 
 
-def _weight(base: Tensor | None, mask: Tensor | None, rows: Tensor) -> Tensor | None:
-    wide = wide_dtype(rows.device)
-    weight = None
-    if base is not None:
-        _checks.base_weights(base, rows)
-        weight = base.to(wide)
-    if mask is not None:
-        _checks.boolean_mask(mask, rows)
-        weight = torch.where(mask, 1.0 if weight is None else weight, torch.zeros((), dtype=wide, device=mask.device))
-    return weight
+class Given(NamedTuple):
+    """What a call was given, checked: each (n,), detached, in its own type."""
+
+    losses: Tensor
+    scores: Tensor | None
+    groups: Tensor | None
+    base: Tensor | None
+    mask: Tensor | None
+
+    @classmethod
+    def of_call(
+        cls, losses: Tensor, scores: Tensor | None, groups: Tensor | None, base: Tensor | None, mask: Tensor | None
+    ) -> Given:
+        """Raises: ValueError or TypeError: an argument that does not fit the losses."""
+        rows = losses.detach().reshape(-1)
+        scores, groups = _row("scores", scores, losses), _row("groups", groups, losses)
+        base, mask = _row("base", base, losses), _row("mask", mask, losses)
+        if base is not None:
+            _checks.base_weights(base, rows)
+        if mask is not None:
+            _checks.boolean_mask(mask, rows)
+        if scores is not None:
+            _checks.floating("scores", scores)
+        if groups is not None:
+            _checks.integer_ids(groups, rows)
+        return cls(rows, scores, groups, base, mask)
+
+    def samples(self) -> Samples:
+        wide = wide_dtype(self.losses.device)
+        worst = (self.losses if self.scores is None else self.scores).to(wide)
+        worst = worst.nan_to_num(torch.nan, torch.nan, -torch.inf)
+        if self.scores is not None:
+            worst = torch.where(self.losses < torch.inf, worst, torch.nan)
+        weight = None if self.base is None else self.base.to(wide)
+        if self.mask is not None:
+            zero = torch.zeros((), dtype=wide, device=self.mask.device)
+            weight = torch.where(self.mask, 1.0 if weight is None else weight, zero)
+        return Samples(worst, weight, self.groups)
 
 
 def _row(name: str, tensor: Tensor | None, losses: Tensor) -> Tensor | None:

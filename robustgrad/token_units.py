@@ -52,20 +52,6 @@ class Units(NamedTuple):
         return cls(sequences, places // losses.shape[1])
 
 
-def samples_of_call(
-    losses: Tensor,
-    units: Unit | None,
-    scores: Tensor | None,
-    groups: Tensor | None,
-    base: Tensor | None,
-    mask: Tensor | None,
-) -> tuple[Samples, Tensor | None]:
-    """The samples that compete and, where losses are by token, the one that each token belongs to."""
-    if units is None:
-        return Samples.of_call(losses, scores, groups, base, mask), None
-    return Units.of_call(losses, units, scores, groups, base, mask)
-
-
 def _sequences(tokens: Samples, shape: torch.Size) -> Samples:
     weights, scores = tokens.weights.reshape(shape), tokens.scores.reshape(shape)
     return _means(torch.where(weights > 0, weights * scores, 0.0).sum(-1), weights.sum(-1))

@@ -19,7 +19,7 @@ LAYERS = [
     {"objectives", "npg", "prompt_groups", "_balls"},
     {"radius", "schedule"},
     {"_units", "samples", "hook", "_graph"},
-    {"distributed", "token_units", "_reductions"},
+    {"distributed", "token_units", "_reductions", "_remembered"},
     {"pool", "_traced"},
     {"memory", "window", "_attribution"},
     {"pools", "capture"},

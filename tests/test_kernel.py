@@ -15,6 +15,7 @@ import inputs
 import pytest
 import torch
 
+from robustgrad import Reweighter
 from robustgrad.ambiguity import KL, ChiSquare, CVaR, TotalVariation, _fused, _kernel
 
 HERE = Path(__file__).parent
@@ -24,7 +25,9 @@ needs_compiler = pytest.mark.skipif(
     not all(shutil.which(tool, path=BESIDE_PYTHON) for tool in (os.environ.get("CXX", "c++"), "ninja")),
     reason='no C++ compiler or no ninja: "robustgrad[cpp]"',
 )
+ROWS, MEMORY = "tests/kernel_parity.py", "tests/memory_kernel_parity.py"
 KINDS = ["plain", "top", "near", "ball", "price", "tilt", "softmax"]
+NUMBERS = ("first", "second", "third", "fourth", "fifth")
 VARIANTS = {  # dtype, base and mask, rows and losses of a program, warps
     "float64 with base and mask": ("fp64", True, 1, 4096, 16),
     "float32": ("fp32", False, 2, 256, 4),
@@ -46,13 +49,13 @@ def assert_parity_in_a_process(*files: str, **environment: str) -> None:
 @needs_triton
 def test_parity_in_the_interpreter() -> None:
     """Triton decides at its import whether it interprets: a process of its own."""
-    assert_parity_in_a_process("tests/kernel_parity.py", TRITON_INTERPRET="1", ROBUSTGRAD_KERNEL="triton")
+    assert_parity_in_a_process(ROWS, MEMORY, TRITON_INTERPRET="1", ROBUSTGRAD_KERNEL="triton")
 
 
 @needs_compiler
 def test_parity_in_cpp() -> None:
     """The operator is registered once, at import: a process of its own."""
-    assert_parity_in_a_process("tests/kernel_parity.py", ROBUSTGRAD_KERNEL="cpp", OMP_NUM_THREADS="1")
+    assert_parity_in_a_process(ROWS, ROBUSTGRAD_KERNEL="cpp", OMP_NUM_THREADS="1")
 
 
 @needs_triton
@@ -60,10 +63,6 @@ def test_parity_in_cpp() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_builds(kind: str, capability: int, variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Down to machine code, which needs no GPU; and no number is narrowed to float32 on the way in."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from robustgrad.ambiguity._triton_rows import solve_rows
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -72,25 +71,82 @@ def test_builds(kind: str, capability: int, variant: str, tmp_path: Path, monkey
     constants |= {"BASED": weighted, "MASKED": weighted}
     types = {"losses": f"*{dtype}", "base": "*fp64", "mask": "*u8", "ratio": "*fp64"}
     types |= dict.fromkeys(("rows", "n", "base_step", "mask_step"), "i32")
-    types |= dict.fromkeys(("first", "second", "third", "fourth", "fifth"), "fp64")
-    source = ASTSource(solve_rows, types | dict.fromkeys(constants, "constexpr"), constants)
-    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
-    assert f"sm_{capability}" in built.asm["ptx"] and len(built.asm["cubin"]) > 1000
+    types |= dict.fromkeys(NUMBERS, "fp64")
+    code = built(solve_rows, types, constants, capability, warps)
     if dtype == "fp64" and kind in ("plain", "top", "ball", "price"):  # exp and its kin start in float32
-        assert ".f32" not in built.asm["ptx"]
+        assert ".f32" not in code
+
+
+def built(kernel: Any, types: dict[str, str], constants: dict[str, Any], capability: int, warps: int) -> str:
+    """The kernel as PTX."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    source = ASTSource(kernel, types | dict.fromkeys(constants, "constexpr"), constants)
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    assert f"sm_{capability}" in made.asm["ptx"] and len(made.asm["cubin"]) > 1000
+    return str(made.asm["ptx"])
+
+
+@needs_triton
+@pytest.mark.parametrize(("kind", "capability"), [("near", 80), ("ball", 90), ("tilt", 80)])
+def test_the_memory_builds(kind: str, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from robustgrad.ambiguity._triton_memory import learn, meet
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    wide = dict.fromkeys(("alone", "ring", "mass", "numbers", "ratio", "seen"), "*fp64")
+    types = {"losses": "*bf16", "scores": "*fp64", "base": "*fp64", "mask": "*u8", "nonfinite": "*i64"} | wide
+    given = dict.fromkeys(("SCORED", "BASED", "MASKED", "ALONE"), True)
+    met = built(meet, types | dict.fromkeys(("lane", "n", "m"), "i32"), given | {"KIND": kind, "R": 8, "N": 512},
+                capability, 4)  # fmt: skip
+    types = dict.fromkeys(("seen", "ring", "mass", "new_ring", "new_mass", "numbers"), "*fp64")
+    types |= dict.fromkeys(("lane", "m", "b", "excess"), "i32") | dict.fromkeys(NUMBERS, "fp64")
+    learned = built(learn, types, {"KIND": kind, "N": 1024, "KEPT": 512}, capability, 4)
+    # exp and its kin look at bits as float32, but nothing is computed in it.
+    assert not any(name in met + learned for name in (".rn.f32.f64", "add.f32", "mul.f32", "fma.rn.f32", "ex2.approx"))
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("kind", "dtype", "capability"),
+    [("ball", "fp32", 90), ("top", "fp64", 80), ("tilt", "fp32", 80), ("tilt", "fp64", 90)],
+)
+def test_long_rows_build(
+    kind: str, dtype: str, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from robustgrad.ambiguity._triton_long import gather, moment, survey, write
+    from robustgrad.ambiguity._triton_long_tilt import reach, tilt
+    from robustgrad.ambiguity._triton_search import search
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    known = {"KIND": kind, "FULL": dtype == "fp64", "BASED": True, "MASKED": True, "SHIFT": 29 * (dtype == "fp32")}
+    known |= {"SECOND": True, "LAST": dtype == "fp64", "T": 256, "B": 256}
+    types = {"losses": f"*{dtype}", "base": "*fp64", "mask": "*u8", "ends": "*i64"}
+    types |= dict.fromkeys(("parts", "states", "ratio"), "*fp64") | dict.fromkeys((*NUMBERS, "radius"), "fp64")
+    passes = {"ball": (search, gather, moment), "top": (search, gather), "tilt": (reach, tilt)}
+    for kernel in (survey, *passes[kind], write):
+        constants = {p.name: known[p.name] for p in kernel.params if p.is_constexpr}
+        code = built(kernel, {p.name: types.get(p.name, "i32") for p in kernel.params}, constants, capability, 8)
+        assert kind != "top" or ".f32" not in code
 
 
 @needs_triton
 def test_numbers_arrive_in_float64() -> None:
     """Triton takes a Python number for float32 where the kernel does not say otherwise."""
+    from robustgrad.ambiguity._triton_long import gather, write
+    from robustgrad.ambiguity._triton_long_tilt import tilt
+    from robustgrad.ambiguity._triton_memory import learn
     from robustgrad.ambiguity._triton_rows import solve_rows
+    from robustgrad.ambiguity._triton_search import search
 
-    declared = {p.name: p.annotation_type for p in solve_rows.params}
-    assert {declared[name] for name in ("first", "second", "third", "fourth", "fifth")} == {"fp64"}
+    for kernel in (solve_rows, learn, search, gather, write, tilt):
+        declared = {p.name: p.annotation_type for p in kernel.params if p.name in (*NUMBERS, "radius")}
+        assert set(declared.values()) == {"fp64"}
 
 
 def test_a_cpu_tensor_is_left_to_torch() -> None:
-    assert not _kernel.takes(torch.randn(8))
+    assert not _kernel.runs(torch.randn(8))
 
 
 def test_the_name_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,9 +217,11 @@ def test_every_set_has_a_recipe(ambiguity: Any) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
 @pytest.mark.parametrize("ambiguity", [TotalVariation(0.1), ChiSquare(0.5), KL(0.3), CVaR(0.2)], ids=str)
 @needs_triton
-def test_one_launch_in_a_cuda_graph(ambiguity: Any) -> None:
-    losses = torch.randn(64, 512, device="cuda", dtype=torch.float64)
+@pytest.mark.parametrize("shape", [(64, 512), (2, 100_000)], ids=str)
+def test_in_a_cuda_graph(ambiguity: Any, shape: tuple[int, int]) -> None:
+    losses = torch.randn(shape, device="cuda", dtype=torch.float64)
     want = ambiguity.solve(losses).ratio
+    torch.testing.assert_close(want.cpu(), ambiguity.solve(losses.cpu()).ratio, rtol=2e-6, atol=2e-6)
     graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -173,8 +231,57 @@ def test_one_launch_in_a_cuda_graph(ambiguity: Any) -> None:
         captured = ambiguity.solve(losses).ratio
     graph.replay()
     assert torch.equal(captured, want)
+    if shape[-1] > 4096:
+        return
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         ambiguity.solve(losses)
     assert [event.name for event in profile.events() if "solve_rows" in event.name or "kernel" in event.name] == [
         "solve_rows"
     ]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+@pytest.mark.parametrize("ambiguity", [TotalVariation(0.1), ChiSquare(0.5), KL(0.3), CVaR(0.2)], ids=str)
+@needs_triton
+def test_a_training_step_with_its_memory_in_a_cuda_graph(ambiguity: Any) -> None:
+    """The memory goes on with each replay, and is that of the CPU."""
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    pools = [Reweighter(ambiguity, memory=64), Reweighter(ambiguity, memory=64)]
+    losses, batches = torch.zeros(32, device="cuda", dtype=torch.float64), torch.randn(12, 32, dtype=torch.float64)
+
+    def step() -> torch.Tensor:
+        ratio = torch.cat([pools[0].ratio(part) for part in losses.split(8)])
+        pools[0].step()
+        return ratio
+
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for batch in batches[:6]:
+            losses.copy_(batch)
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    for batch in batches[:6]:
+        pools[1].ratio(batch)
+        pools[1].step()
+    with torch.cuda.graph(graph):
+        found = step()
+    for batch in batches[6:]:
+        losses.copy_(batch)
+        graph.replay()
+        torch.testing.assert_close(found.cpu(), pools[1].ratio(batch), rtol=2e-6, atol=2e-6)
+        pools[1].step()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+@needs_triton
+def test_launches_of_the_memory_pool() -> None:
+    reweighter, losses = Reweighter(ChiSquare(0.5), memory=64), torch.randn(32, device="cuda")
+    for _ in range(6):
+        reweighter(losses.clone().requires_grad_())
+        reweighter.step()
+    leaf = losses.clone().requires_grad_()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        reweighter(leaf)
+    assert [event.name for event in profile.events() if event.device_type.name == "CUDA"] == ["learn", "meet"]

@@ -1,7 +1,8 @@
-"""Which way a worst case is solved: by a kernel of our own, in one call, or by torch's own operations.
+"""Which way a worst case is solved: by a kernel of our own, or by torch's own operations.
 
-The Triton kernel takes CUDA tensors of at most 4096 losses in a row where Triton is installed and runs, the C++
-kernel all CPU tensors where it is asked for; torch does the rest: longer rows, the fit of a memory, Apple's GPUs.
+Where Triton is installed and runs, its kernels take CUDA tensors: rows of at most 4096 losses by one launch, longer
+ones by a fixed number of passes (`_long_rows.py`). The C++ kernel takes all CPU tensors where it is asked for. Torch
+does the rest, Apple's GPUs for one.
 The environment variable ROBUSTGRAD_KERNEL=torch|triton|cpp, read at import, chooses by hand: "torch" never uses
 a kernel, "triton" insists on Triton being there, "cpp" builds the C++ kernel at import, unless it was built before.
 Under Triton's interpreter (TRITON_INTERPRET=1) "triton" takes CPU tensors as well, slowly: that is for tests.
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from . import _fused
+from . import _fused, _long_rows
 
 _LONGEST = 4096  # losses in a row
 _OLDEST = 7  # major compute capability that Triton supports
@@ -53,13 +54,25 @@ _runs: dict[torch.device, bool] = {}
 _INTERPRETED = _NAME == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def takes(losses: Tensor) -> bool:
-    """Whether a kernel solves these losses."""
-    if losses.is_cpu and not _INTERPRETED:
-        return _KERNEL == "cpp"
-    if not _TRITON or losses.shape[-1] > _LONGEST:
+def solves(losses: Tensor) -> bool:
+    """Whether there are kernels where these losses are."""
+    return _in_cpp(losses) or runs(losses)
+
+
+def takes(recipe: Recipe, losses: Tensor) -> bool:
+    """Whether one of them is for such a set and rows of that length."""
+    return _in_cpp(losses) or losses.shape[-1] <= _LONGEST or recipe.kind in _long_rows.KINDS
+
+
+def _in_cpp(losses: Tensor) -> bool:
+    return _KERNEL == "cpp" and losses.is_cpu
+
+
+def runs(like: Tensor) -> bool:
+    """Whether Triton's kernels run there."""
+    if not _TRITON or not (like.is_cuda or (_INTERPRETED and like.is_cpu)):
         return False
-    return losses.is_cpu or (losses.is_cuda and _runs_on(losses.device))
+    return not like.is_cuda or _runs_on(like.device)
 
 
 def _runs_on(device: torch.device) -> bool:
@@ -92,6 +105,8 @@ def solve(recipe: Recipe, losses: Tensor, base: Tensor | None, mask: Tensor | No
 
 
 def _launch(losses: Tensor, base: Tensor | None, mask: Tensor | None, kind: str, numbers: list[float]) -> Tensor:
+    if losses.shape[-1] > _LONGEST:
+        return _long_rows.launch(losses, base, mask, kind, numbers)
     from ._triton import launch
 
     return launch(losses, base, mask, kind, numbers)

@@ -76,8 +76,8 @@ def _top_share(values, on, weight, total, amount):
 
 
 @triton.jit
-def _line(kind: tl.constexpr, drop, on, weight, total, radius, price):
-    """The ratio that is linear above a threshold and spends the radius, or pays the price."""
+def _line_of(kind: tl.constexpr, drop, on, weight, total, radius, price):
+    """Smallest active drop, slope and height there of the ratio that spends the radius, or pays the price."""
     least = _least(kind, drop, on, weight, total, radius, price)
     mass, rest, rise, spread = _sums(least, drop, weight, total)
     if kind == "price":
@@ -86,8 +86,22 @@ def _line(kind: tl.constexpr, drop, on, weight, total, radius, price):
         # Saturated means spread 0: then the slope must be steep whatever is left of the budget.
         budget = tl.maximum(2 * radius * mass - rest, 4.930380657631324e-32)
         slope = tl.sqrt(budget / tl.maximum(spread, 1.4916681462400413e-154))
-    height = (1.0 - rise * slope) / mass
+    return least, slope, (1.0 - rise * slope) / mass
+
+
+@triton.jit
+def _line(kind: tl.constexpr, drop, on, weight, total, radius, price):
+    """The ratio that is linear above a threshold."""
+    least, slope, height = _line_of(kind, drop, on, weight, total, radius, price)
     return tl.where(drop >= least, tl.maximum((drop - least) * slope + height, 0.0), 0.0)
+
+
+@triton.jit
+def _unit(values, top, on):
+    """The range of the finite losses of each row."""
+    finite = tl.where(on & (values > -1.7976931348623157e308), values - top, 0.0)
+    unit = -tl.min(finite, 1, keep_dims=True)
+    return tl.minimum(tl.maximum(unit, 2.2250738585072014e-308), 1.7976931348623157e308)
 
 
 @triton.jit
@@ -96,10 +110,7 @@ def _scaled(values, top, on, FULL: tl.constexpr):
     drop = values - top
     if not FULL:
         return drop
-    finite = tl.where(on & (values > -1.7976931348623157e308), drop, 0.0)
-    unit = -tl.min(finite, 1, keep_dims=True)
-    unit = tl.minimum(tl.maximum(unit, 2.2250738585072014e-308), 1.7976931348623157e308)
-    return tl.maximum(drop / unit, -1099511627776.0)
+    return tl.maximum(drop / _unit(values, top, on), -1099511627776.0)
 
 
 @triton.jit

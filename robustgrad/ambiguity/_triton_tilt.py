@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+BEYOND: tl.constexpr = tl.constexpr(6.703903964971298e153)  # an inverse temperature at which any gap is everything
+
 
 @triton.jit
 def _log1p(x):
@@ -14,7 +16,7 @@ def _log1p(x):
 
 
 @triton.jit
-def _expm1(x):
+def expm1(x):
     """exp(x) - 1, likewise."""
     u = tl.exp(x)
     logarithm = tl.log(tl.where((u == 1.0) | (u == 0.0), 2.0, u))
@@ -27,19 +29,13 @@ def _sum(values):
 
 
 @triton.jit
-def _curve(theta, drop, share, under, best_mass, depth, tight):
-    """h = log KL - log(entropy - KL) at theta, and its slope in log theta."""
+def curve_of(theta, others, first, second, growth, best_mass, depth, tight):
+    """h = log KL - log(entropy - KL) at theta, and its slope in log theta, from the sums of the tilted losses."""
     rise = tl.minimum(theta * depth, 30.0)
-    y = drop * theta + rise
-    tilted = tl.exp(y) * under
-    others, first = _sum(tilted), _sum(tilted * drop)
-    second = _sum(tilted * drop * drop)
     peak = tl.exp(rise) * best_mass
     normaliser = peak + others
-    growth = tl.log(normaliser)
-    if tight:
-        # The divergence would drown in the rounding of exponentials near 1.
-        growth = _log1p(_sum(share * _expm1(y)))
+    # Where the radius is tight the divergence would drown in the rounding of exponentials near 1.
+    growth = tl.where(tight, _log1p(growth), tl.log(normaliser))
     fall = theta * first / normaliser
     divergence = tl.maximum(fall + rise - growth, 1.4916681462400413e-154)
     left = tl.maximum(_log1p(others / peak) - fall, 1.4916681462400413e-154)
@@ -48,18 +44,41 @@ def _curve(theta, drop, share, under, best_mass, depth, tight):
 
 
 @triton.jit
-def _bracket(drop, share, under, best_mass, depth, radius, left):
+def _curve(theta, drop, share, under, best_mass, depth, tight):
+    """The same for rows of losses in registers."""
+    y = drop * theta + tl.minimum(theta * depth, 30.0)
+    tilted = tl.exp(y) * under
+    growth = tl.zeros_like(depth)
+    if tight:
+        growth = _sum(share * expm1(y))
+    return curve_of(
+        theta, _sum(tilted), _sum(tilted * drop), _sum(tilted * drop * drop), growth, best_mass, depth, tight
+    )
+
+
+@triton.jit
+def bracket_of(span, gap, square, best_mass, depth, radius, left):
     """log theta, from below and above, and a first guess that is right for normal losses."""
     small: tl.constexpr = 1.4916681462400413e-154
-    span = tl.maximum(-tl.min(drop, 1, keep_dims=True), small)
-    gap = -tl.max(tl.where(drop == 0.0, -float("inf"), drop), 1, keep_dims=True)
     odds = 1.22 * (1.0 - best_mass) / (best_mass * left)
-    low = 0.5 * tl.log(8.0 * radius) - tl.log(span)
+    low = 0.5 * tl.log(8.0 * radius) - tl.log(tl.maximum(span, small))
     steep = tl.log(tl.maximum(2.0 * tl.log(tl.maximum(odds, small)), 1.0))
     high = tl.maximum(steep - tl.log(tl.maximum(gap, small)), low)
-    variance = tl.maximum(_sum(under * drop * drop) - depth * depth, small)
+    variance = tl.maximum(square - depth * depth, small)
     guess = 0.5 * (tl.log(2.0 * radius) - tl.log(variance))
     return low, high, tl.minimum(tl.maximum(guess, low), high)
+
+
+@triton.jit
+def moved(h, slope, goal, low, high, u, settled):
+    """Bracket and guess after a Newton step, or a bisection if that leaves the bracket; what has settled stays."""
+    short = h < goal
+    low, high = tl.where(short, u, low), tl.where(short, high, u)
+    move = (goal - h) / tl.where(slope > 0.0, slope, 1e-300)
+    newton = u + move
+    inside = (newton >= low) & (newton <= high)
+    u = tl.where(settled, u, tl.where(inside, newton, (low + high) / 2))
+    return low, high, u, settled | (tl.abs(move) <= 1e-7)
 
 
 @triton.jit
@@ -79,17 +98,13 @@ def inverse_temperature(drop, weight, total, radius):
     left = tl.where(saturated, 1.0, entropy - radius)
     goal = tl.log(radius) - tl.log(left)
     depth = -_sum(under * drop)
-    low, high, u = _bracket(drop, share, under, best_mass, depth, radius, left)
+    gap = -tl.max(tl.where(drop == 0.0, -float("inf"), drop), 1, keep_dims=True)
+    square, span = _sum(under * drop * drop), -tl.min(drop, 1, keep_dims=True)
+    low, high, u = bracket_of(span, gap, square, best_mass, depth, radius, left)
     settled = saturated
     step = 0
     while (tl.min(settled.to(tl.int32)) == 0) & (step < 60):
         h, slope = _curve(tl.exp(u), drop, share, under, best_mass, depth, tight)
-        short = h < goal
-        low, high = tl.where(short, u, low), tl.where(short, high, u)
-        move = (goal - h) / tl.where(slope > 0.0, slope, 1e-300)
-        newton = u + move
-        inside = (newton >= low) & (newton <= high)
-        u = tl.where(settled, u, tl.where(inside, newton, (low + high) / 2))
-        settled = settled | (tl.abs(move) <= 1e-7)
+        low, high, u, settled = moved(h, slope, goal, low, high, u, settled)
         step += 1
-    return tl.where(saturated, 6.703903964971298e153, tl.exp(u))
+    return tl.where(saturated, BEYOND, tl.exp(u))

@@ -11,7 +11,7 @@ from .. import _checks
 from ._kernel import Recipe
 from ._linear import Limit, Line, line
 from ._problem import Problem
-from .base import AmbiguitySet
+from .base import AmbiguitySet, PlainRule, Rule
 
 
 @dataclass(frozen=True, repr=False)
@@ -83,7 +83,9 @@ class ChiSquare(AmbiguitySet):
         # Any set saturates long before; twice the largest float would be infinite.
         return Limit(min(self.radius or 0.0, 1e100), self.penalty)
 
-    def fit(self, losses: Tensor, weight: Tensor, *, unit: Tensor | float, step_size: Tensor) -> LineRule:
+    def fit(self, losses: Tensor, weight: Tensor, *, unit: Tensor | float, step_size: Tensor) -> Rule:
+        if self.radius == 0:
+            return PlainRule()
         problem = Problem.remembered(losses, weight)
         drop, scale = self._scaled(problem)
         return LineRule(self._line(drop, scale * unit, problem.base), problem.top, scale)

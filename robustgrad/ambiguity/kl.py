@@ -12,7 +12,7 @@ from .. import _checks
 from ._kernel import Recipe
 from ._problem import Problem
 from ._tilting import exp, inverse_temperature
-from .base import AmbiguitySet
+from .base import AmbiguitySet, PlainRule, Rule
 
 _LARGEST_RATIO = 100.0  # of a new loss under a rule fitted on remembered ones
 
@@ -91,7 +91,9 @@ class KL(AmbiguitySet):
             return unit / self._coldest
         return inverse_temperature(drop, problem, self.radius) if self.radius else 0.0
 
-    def fit(self, losses: Tensor, weight: Tensor, *, unit: Tensor | float, step_size: Tensor) -> TiltRule:
+    def fit(self, losses: Tensor, weight: Tensor, *, unit: Tensor | float, step_size: Tensor) -> Rule:
+        if self.radius == 0:
+            return PlainRule()
         problem = Problem.remembered(losses, weight)
         drop, scale = self._scaled(problem)
         theta = self._theta(drop, scale * unit, problem)

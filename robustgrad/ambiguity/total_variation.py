@@ -125,7 +125,8 @@ class TotalVariation(AmbiguitySet):
             return TopRule.of(ranked, [1 - self._moved(), top], [1.0, self._moved() / top])
         # The receivers are the top share, so the price is paid against their mean, not the maximum.
         top = _largest_share(step_size, losses)
-        received = weight * ranked.place(losses, 0.0).top_share(top)
+        # Where there is no weight there is no place either, and 0/0 of it.
+        received = torch.where(weight > 0, weight * ranked.place(losses, 0.0).top_share(top), 0.0)
         edge = (received * losses).sum() / received.sum() - self.penalty / unit
         kept = (weight * (losses >= edge)).sum() / weight.sum()
         return TopRule.of(ranked, [kept, top], [1.0, (1 - kept) / top])
