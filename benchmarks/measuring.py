@@ -12,18 +12,21 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from robustgrad.ambiguity import _fused, _kernel
+
 Row = dict[str, Any]
+T = TypeVar("T")
 
 
 class PeakMemory(TorchDispatchMode):
-    """Most bytes alive at once among the tensors made inside; what an operation uses within is not seen."""
+    """Most bytes alive at once among the tensors made inside; what an operation, or numpy, uses within is not seen."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,6 +91,30 @@ def interleaved(runs: dict[str, Callable[[], object]], rounds: int, device: str)
         for name, run in runs.items():
             kept[name].append(seconds(run, times[name], device))
     return {name: 1e6 * median(values) for name, values in kept.items()}
+
+
+def build_cpp() -> float | None:
+    """Seconds to build the C++ kernel, or to find it built; None where it cannot be."""
+    start = time.perf_counter()
+    try:
+        _fused.build()
+    except ImportError as error:
+        print(f"not measured: {error}")
+        return None
+    return time.perf_counter() - start
+
+
+def by_cpp(run: Callable[[], T]) -> Callable[[], T]:
+    """The same with the C++ kernel, once it is built."""
+
+    def switched() -> T:
+        before, _kernel._KERNEL = _kernel._KERNEL, "cpp"
+        try:
+            return run()
+        finally:
+            _kernel._KERNEL = before
+
+    return switched
 
 
 def machine(device: str) -> Row:

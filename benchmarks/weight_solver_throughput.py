@@ -2,10 +2,11 @@
 
     python benchmarks/weight_solver_throughput.py [--quick] [--device cuda] [--out benchmarks/results]
 
-Per ambiguity set and problem size: the exact solve, bisection on the dual at equal accuracy, scipy's root
-finding (one row, CPU), entmax's sparsemax (chi-square penalty, where installed), a convex solver whose problem
-was built beforehand, and the bare `sort` and `mean` of the same losses. All of them run interleaved in the same
-rounds; a time is the median over rounds. Writes a CSV and a picture.
+Per ambiguity set and problem size: the exact solve, the same by the C++ kernel (`fused`, where there is a compiler)
+and the kernel's operator alone (`operator`: no checks, no rounding to float32), bisection on the dual at equal
+accuracy, scipy's root finding (one row, CPU), entmax's sparsemax (chi-square penalty, where installed), a convex
+solver whose problem was built beforehand, and the bare `sort` and `mean` of the same losses. All of them run
+interleaved in the same rounds; a time is the median over rounds. Writes a CSV and a picture.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from measuring import Row, interleaved, machine, peak_memory, print_table, write_csv
+from measuring import Row, build_cpp, by_cpp, interleaved, machine, peak_memory, print_table, write_csv
 from torch import Tensor
 from weight_solver_baselines import bisection, convex_program, root_finding, sparsemax
 
@@ -36,10 +37,21 @@ SETS: list[AmbiguitySet] = [
 PROBLEMS = [(1, 8), (1, 64), (1, 512), (1, 4096), (1, 65536), (1, 2**20), (64, 64), (4096, 64)]
 QUICK = [(1, 8), (1, 512), (64, 64)]
 CONVEX_LIMIT = 4096
-COLORS = {"exact": "C3", "bisection": "C0", "scipy": "C4", "entmax": "C5", "cvxpy": "C1", "sort": "C2", "mean": "C7"}
+CHECKED = ("fused", "bisection", "scipy", "entmax", "cvxpy")
+COLORS = {
+    "exact": "C3",
+    "fused": "C6",
+    "operator": "C8",
+    "bisection": "C0",
+    "scipy": "C4",
+    "entmax": "C5",
+    "cvxpy": "C1",
+    "sort": "C2",
+    "mean": "C7",
+}
 
 
-def measure(ambiguity: AmbiguitySet, rows: int, n: int, rounds: int, device: str) -> Row:
+def measure(ambiguity: AmbiguitySet, rows: int, n: int, rounds: int, device: str, cpp: bool) -> Row:
     generator = torch.Generator().manual_seed(n)
     losses = torch.nn.functional.softplus(torch.randn(rows, n, generator=generator)).to(device)
     losses = losses[0] if rows == 1 else losses
@@ -60,6 +72,11 @@ def measure(ambiguity: AmbiguitySet, rows: int, n: int, rounds: int, device: str
         answer = other(ambiguity, losses)
         if answer is not None:
             runs[name], found[name] = (lambda other=other: other(ambiguity, losses)), answer.cpu()
+    if cpp:
+        recipe = ambiguity._recipe()
+        runs["fused"] = by_cpp(exact)
+        runs["operator"] = lambda: torch.ops.robustgrad.worst_ratio.default(losses, None, None, *recipe)
+        found["fused"] = by_cpp(lambda: ambiguity.solve(losses.double()).ratio)()
     gave_up = False
     if rows == 1 and n <= CONVEX_LIMIT and find_spec("cvxpy"):
         program = convex_program(ambiguity, n)
@@ -78,7 +95,7 @@ def measure(ambiguity: AmbiguitySet, rows: int, n: int, rounds: int, device: str
         "bisection_times": round(spent["bisection"] / spent["exact"], 1) if "bisection" in spent else None,
         "cvxpy_times": round(spent["cvxpy"] / spent["exact"], 1) if "cvxpy" in spent else None,
         **{f"ratio_error_{k}": float(f"{(ratio - found[k]).abs().max():.1e}") if k in found else None
-           for k in ("bisection", "scipy", "entmax", "cvxpy")},
+           for k in CHECKED},
         "peak_bytes_per_loss": round(peak_memory(exact, device) / losses.numel(), 1),
     }  # fmt: skip
 
@@ -95,7 +112,7 @@ def attempt(program: Callable[[Tensor], Tensor], losses: Tensor) -> Tensor | Non
 
 def show(rows: list[Row], about: Row) -> None:
     heads = ["set", "rows", "n", *(f"{name}_us" for name in COLORS), "problems_per_s", "bisection_times",
-             "cvxpy_times", "ratio_error_bisection", "ratio_error_scipy", "ratio_error_entmax", "ratio_error_cvxpy",
+             "cvxpy_times", *(f"ratio_error_{name}" for name in CHECKED),
              "peak_bytes_per_loss"]  # fmt: skip
     print_table(rows, heads, about)
 
@@ -129,10 +146,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
     device, about = arguments.device, machine(arguments.device)
-    rows = []
+    rows, cpp = [], device == "cpu" and build_cpp() is not None
     for ambiguity in SETS:
         for count, n in QUICK if arguments.quick else PROBLEMS:
-            rows.append(measure(ambiguity, count, n, 3 if arguments.quick else 9, device))
+            rows.append(measure(ambiguity, count, n, 3 if arguments.quick else 9, device, cpp))
             if sys.stderr.isatty():
                 print(f"\r{ambiguity!r}, {count} x {n} ".ljust(70), end="\r", file=sys.stderr, flush=True)
     show(rows, about)

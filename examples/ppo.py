@@ -25,6 +25,7 @@ try:
     import torch
     from command_line import positive
     from difficulty_gdro import DifficultyGDRO
+    from difficulty_rollouts import DifficultyRollouts
     from lora_policy import Policy, Responses
     from policy_run import Adversary, Iterates, RunFiles, compare_rewards, make_parser, parse, wrong_use_ends
     from rollouts import Rollout, Task, add_rollout_options
@@ -56,7 +57,7 @@ class Experience:
         critic: nn.Module,
         rollout: Rollout,
         ppo: RobustPPO,
-        reweighter: Reweighter | DifficultyGDRO | None,
+        reweighter: Reweighter | DifficultyGDRO | DifficultyRollouts | None,
         args: argparse.Namespace,
     ) -> None:
         mask, rewards = rollout.mask, rollout.rewards
@@ -97,7 +98,8 @@ def train(
     optimizer = torch.optim.AdamW(groups, lr=args.lr)
     done = files.start(optimizer=optimizer, reweighter=reweighter, iterates=iterates)
     yield from files.replay()
-    for step, rollout in enumerate(task.rollouts(args.responses, done), start=done + 1):
+    responses = reweighter.responses if isinstance(reweighter, DifficultyRollouts) else args.responses
+    for step, rollout in enumerate(task.rollouts(responses, done), start=done + 1):
         experience = Experience(policy, critic, rollout, ppo, reweighter, args)
         for _ in range(args.epochs):
             order, total = torch.randperm(len(rollout.rewards)), 0.0
@@ -129,8 +131,10 @@ def options() -> argparse.ArgumentParser:
     add("--kl-inside", action="store_true", help="version A with rewards: the KL penalty is scaled too")
     add("--kl-in-score", action="store_true", help="the adversary sees reward - beta KL")
     add("--beta", type=positive(float), default=0.02, help="price of the KL (default: %(default)s)")
-    add("--prompt-gdro", action="store_true", help="compare plain with Prompt-GDRO instead of a robust run")
-    add("--solved", type=float, default=0.5, help="reward that solves a prompt, for it (default: %(default)s)")
+    gdro = parser.add_mutually_exclusive_group().add_argument
+    gdro("--prompt-gdro", action="store_true", help="compare plain with Prompt-GDRO instead of a robust run")
+    gdro("--rollout-gdro", action="store_true", help="or with Rollout-GDRO: --responses on average")
+    add("--solved", type=float, default=0.5, help="reward that solves a prompt, for them (default: %(default)s)")
     add("--epochs", type=positive(int), default=2, help="updates for each rollout (default: %(default)s)")
     return parser
 
@@ -138,19 +142,31 @@ def options() -> argparse.ArgumentParser:
 def check_switches(args: argparse.Namespace) -> None:
     """Raises: ValueError: one that would change nothing."""
     RobustPPO(args.version, scaled=args.scaled, critic_targets=args.critic_targets, kl_inside=args.kl_inside)
-    over_prompts = args.version == "A" or args.kl_in_score or args.groups == "domain" or args.prompt_gdro
+    gdro = args.prompt_gdro or args.rollout_gdro
+    over_prompts = args.version == "A" or args.kl_in_score or args.groups == "domain" or gdro
     if args.ambiguity == "wasserstein" and over_prompts:
         raise ValueError(
-            "--version A, --kl-in-score, --groups domain and --prompt-gdro must come with another --ambiguity, got "
-            "wasserstein. It shifts embeddings and gives no prompt a ratio: leave them out."
+            "--version A, --kl-in-score, --groups domain, --prompt-gdro and --rollout-gdro must come with another "
+            "--ambiguity, got wasserstein. It shifts embeddings and gives no prompt a ratio: leave them out."
         )
+    if args.rollout_gdro and args.groups == "domain":
+        raise ValueError("--rollout-gdro must come with --groups prompt, got domain. It bins prompts: leave it out.")
+
+
+def robust_run(args: argparse.Namespace) -> Adversary:
+    """What is compared with plain."""
+    if args.prompt_gdro:
+        return Adversary(baseline=DifficultyGDRO(args.solved))
+    return (
+        Adversary(baseline=DifficultyRollouts(args.solved, args.responses)) if args.rollout_gdro else Adversary.of(args)
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = options()
     with wrong_use_ends(parser):
         args = parse(parser, argv, steps=4, prompts=4, new_tokens=6)
-        robust = Adversary(baseline=DifficultyGDRO(args.solved)) if args.prompt_gdro else Adversary.of(args)
+        robust = robust_run(args)
         check_switches(args)
         task = Task.load(args)
     critic = nn.Linear(task.policy.embedding.weight.shape[1], 1).to(args.device)

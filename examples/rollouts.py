@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -58,13 +58,14 @@ class Task(NamedTuple):
         """Of the domains among the training prompts."""
         return {name: count / len(self.prompts) for name, count in Counter(p.domain for p in self.prompts).items()}
 
-    def rollouts(self, responses: int, done: int = 0) -> Iterator[Rollout]:
+    def rollouts(self, responses: int | Callable[[list[Prompt]], list[int]], done: int = 0) -> Iterator[Rollout]:
         """One rollout of the current policy whenever asked; the prompts of the first `done` are skipped."""
         rng = random.Random(self.args.seed)
         for step in range(self.args.steps):
             asked = rng.sample(self.prompts, min(self.args.prompts, len(self.prompts)))
             if step >= done:
-                yield collect(self.policy, self.reward, asked, responses, self.args)
+                counts = responses(asked) if callable(responses) else responses
+                yield collect(self.policy, self.reward, asked, counts, self.args)
 
     def mean_rewards(self, every: int = 1, size: int = 32) -> dict[str, float]:
         """By domain of the evaluation prompts, with a fixed seed: two policies meet the same randomness."""
@@ -94,10 +95,11 @@ def _numbered(policy: Policy, pairs: Sequence[Pair], max_length: int) -> list[Pr
 
 
 def collect(
-    policy: Policy, reward: Reward, prompts: Sequence[Prompt], responses: int, args: argparse.Namespace
+    policy: Policy, reward: Reward, prompts: Sequence[Prompt], responses: int | list[int], args: argparse.Namespace
 ) -> Rollout:
-    """Sample `responses` to each prompt and reward them."""
-    asked = [prompt for prompt in prompts for _ in range(responses)]
+    """Sample `responses` to each prompt, one number for all or one for each, and reward them."""
+    counts = [responses] * len(prompts) if isinstance(responses, int) else responses
+    asked = [prompt for prompt, count in zip(prompts, counts, strict=True) for _ in range(count)]
     given = policy.generate([prompt.ids for prompt in asked], args.new_tokens)
     domains = [prompt.domain for prompt in asked]
     rewards = reward([prompt.text for prompt in asked], domains, [policy.decode(ids) for ids in given])

@@ -1,6 +1,6 @@
-"""The Triton kernel, in Triton's interpreter on the CPU, beside the torch path: run by `test_kernel.py`.
+"""A kernel beside the torch path, on CPU tensors: run by `test_kernel.py`.
 
-The process must have TRITON_INTERPRET=1 and ROBUSTGRAD_KERNEL=triton from the start.
+The process must have ROBUSTGRAD_KERNEL from the start: cpp, or triton and TRITON_INTERPRET=1 beside it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from robustgrad.ambiguity import KL, AmbiguitySet, ChiSquare, CVaR, TotalVariation, _kernel, _long_rows, _triton
+from robustgrad import robust_loss
+from robustgrad.ambiguity import KL, AmbiguitySet, ChiSquare, CVaR, TotalVariation, _kernel, _long_rows
 from robustgrad.ambiguity._problem import Problem
 
 # The interpreter computes with numpy, which warns of divisions by a zero whose result is not used.
@@ -35,9 +36,21 @@ each_set = pytest.mark.parametrize("ambiguity", inputs.SETS, ids=str)
 each_typical = pytest.mark.parametrize("ambiguity", TYPICAL, ids=str)
 
 
+of_cpp = pytest.mark.skipif(_kernel._INTERPRETED, reason="Triton's kernel takes no such rows")
+of_triton = pytest.mark.skipif(not _kernel._INTERPRETED, reason="the C++ kernel takes rows of any length")
+
+
 @pytest.fixture(autouse=True)
 def one_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_triton, "_TILE", 2**15)  # Numpy is quicker with large arrays.
+    share_out(2**15, monkeypatch)  # Numpy is quicker with large arrays.
+
+
+def share_out(losses: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many losses to a program of Triton."""
+    if _kernel._INTERPRETED:
+        from robustgrad.ambiguity import _triton
+
+        monkeypatch.setattr(_triton, "_TILE", losses)
 
 
 def by_torch(ambiguity: AmbiguitySet, losses: Tensor, base: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -47,7 +60,7 @@ def by_torch(ambiguity: AmbiguitySet, losses: Tensor, base: Tensor | None, mask:
 
 def assert_parity(ambiguity: AmbiguitySet, losses: Tensor, base: Tensor | None, mask: Tensor | None) -> None:
     """Ratio within 2e-6 (and what 1 / p makes of rounding), the same NaN, the same zeros outside, the same ties."""
-    assert _kernel.runs(losses)
+    assert _kernel.solves(losses)
     got, want = ambiguity.solve(losses, base=base, mask=mask).wide_ratio, by_torch(ambiguity, losses, base, mask)
     share = Problem.unchecked(losses, base, mask).base
     rounding = 4e-15 * losses.shape[-1] if share is None else 4e-15 / share.clamp(min=1e-300)
@@ -86,7 +99,7 @@ def test_rows_without_base_or_mask(ambiguity: AmbiguitySet) -> None:
 @each_typical
 def test_shapes_and_dtypes(ambiguity: AmbiguitySet, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows over several programs, leading dimensions, strides, a base and a mask of all rows."""
-    monkeypatch.setattr(_triton, "_TILE", 2**8)
+    share_out(2**8, monkeypatch)
     losses = torch.randn(2, 9, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
     base, mask = torch.linspace(1, 2, 40, dtype=dtype), torch.arange(40) % 7 > 0
     assert_parity(ambiguity, losses, base, mask)
@@ -99,6 +112,7 @@ def test_longest_row(ambiguity: AmbiguitySet) -> None:
     assert_parity(ambiguity, inputs.ORDINARY[-1].losses, None, None)
 
 
+@of_triton
 def test_what_goes_beyond() -> None:
     assert all(_kernel.takes(a._recipe(), torch.empty(4097)) for a in TYPICAL)
     assert not _kernel.takes(KL(0.0)._recipe(), torch.empty(4097))  # ones
@@ -146,6 +160,69 @@ def test_long_rows_of_any_scale(scale: float) -> None:
         assert_parity(ambiguity, losses, None, None)
 
 
+# Of 20,000: the C++ kernel begins with a sample of long rows, of one in 16 or 27, which some of these mislead.
+LONG = torch.arange(20_000, dtype=torch.float64)
+LONG_ROWS = {
+    "normal": inputs._normal(20_000),
+    "heavy tail": inputs._uniform(20_000).reciprocal(),
+    "ascending": LONG,
+    "descending": -LONG,
+    "two values": (LONG % 3 == 0).double(),
+    "all equal": torch.ones_like(LONG),
+    "rounded": (inputs._normal(20_000) * 2).round(),
+    "one outlier": torch.where(LONG == 4321, 1e6, inputs._normal(20_000)),
+    "sampled ones are large": torch.where((LONG % 16 == 0) | (LONG % 27 == 0), 9.0, 0.0) + inputs._normal(20_000),
+    "sampled ones are small": torch.where((LONG % 16 == 0) | (LONG % 27 == 0), -9.0, 0.0) + inputs._normal(20_000),
+    "gaps double": -(2.0 ** (LONG % 900)),
+    "many -inf": torch.where(LONG % 5 < 3, -torch.inf, inputs._normal(20_000)),
+}
+
+
+@of_cpp
+@pytest.mark.parametrize("name", LONG_ROWS)
+@each_typical
+def test_long_rows_that_mislead(ambiguity: AmbiguitySet, name: str) -> None:
+    losses, base, mask = LONG_ROWS[name], inputs._uniform(20_000) + 0.01, LONG % 7 != 2
+    assert_parity(ambiguity, losses, None, None)
+    assert_parity(ambiguity, losses.float(), None, mask)
+    assert_parity(ambiguity, losses.flip(0), base, mask)
+
+
+@of_cpp
+@pytest.mark.parametrize("case", [*inputs.ORDINARY[:6], *inputs.SCALES, *inputs.WEIGHTED], ids=str)
+def test_at_saturation(case: inputs.Case) -> None:
+    for ambiguity in inputs.near_saturation(case):
+        laws.assert_feasible(comparing.alone, ambiguity, case)
+        laws.assert_optimal(comparing.alone, ambiguity, case)
+
+
+@pytest.mark.parametrize("base", [None, torch.linspace(1, 2, 6)], ids=["uniform", "weighted"])
+@each_typical
+def test_zeros_of_either_sign_are_tied(ambiguity: AmbiguitySet, base: Tensor | None) -> None:
+    ratio = ambiguity.solve(torch.tensor([-0.0, 0.0, -1.0, 0.0, -0.0, -2.0]), base=base).wide_ratio
+    assert ratio[[0, 1, 3, 4]].unique().numel() == 1
+    assert_parity(ambiguity, torch.tensor([-0.0, 1.0, 0.0, -1.0, -0.0, -2.0]), base, None)
+
+
+@pytest.mark.parametrize("radius", [1e-18, 1e-15, 1e-9, 1e-5, 1e-2])
+@pytest.mark.parametrize("kind", [KL, ChiSquare])
+def test_a_small_radius_is_spent(kind: type[KL] | type[ChiSquare], radius: float) -> None:
+    """Within 2e-6 of 1 every ratio would be right."""
+    found = kind(radius).solve(inputs.ORDINARY[3].losses).divergence.item()
+    assert found == pytest.approx(radius, rel=1e-3, abs=0)
+
+
+@each_typical
+def test_a_gradient_is_the_weighted_sum(ambiguity: AmbiguitySet) -> None:
+    """Compiled in one graph and not: the ratio is a constant of the gradient."""
+    torch._dynamo.reset()
+    values = torch.randn(9, generator=torch.Generator().manual_seed(1))
+    losses, want = values.clone().requires_grad_(), ambiguity.solve(values).weights
+    for loss in (robust_loss, torch.compile(robust_loss, fullgraph=True, backend="aot_eager")):
+        (gradient,) = torch.autograd.grad(loss(losses, ambiguity), losses)
+        torch.testing.assert_close(gradient, want)
+
+
 @pytest.mark.parametrize("ambiguity", TYPICAL[::2], ids=str)
 def test_laws(ambiguity: AmbiguitySet) -> None:
     for case in (inputs.ORDINARY[4], inputs.WEIGHTED[3], inputs.MASKED[4]):
@@ -167,6 +244,13 @@ def test_bad_base_makes_its_row_nan(ambiguity: AmbiguitySet) -> None:
 def test_deterministic(ambiguity: AmbiguitySet) -> None:
     losses = torch.randn(5, 100)
     assert torch.equal(ambiguity.solve(losses).wide_ratio, ambiguity.solve(losses).wide_ratio)
+
+
+@of_cpp
+@pytest.mark.parametrize("recipe", [("ball", [0.5]), ("top", [0.9, 1.0, 0.0, 0.0, 0.1])], ids=["ball", "top"])
+def test_the_operator_keeps_to_the_rules_of_torch(recipe: tuple[str, list[float]]) -> None:
+    given = (torch.randn(3, 5).mT, torch.rand(3), torch.ones(5, 3, dtype=torch.bool))
+    torch.library.opcheck(torch.ops.robustgrad.worst_ratio.default, (*given, *recipe))
 
 
 @pytest.mark.parametrize("ambiguity", TYPICAL[::4], ids=str)

@@ -32,7 +32,7 @@ FILES = [
     *sorted((ROOT / "robustgrad/ambiguity").glob("*.py")),
     *(ROOT / f"robustgrad/{name}.py" for name in ("pool", "memory", "window", "ratios", "reweighter")),
 ]
-NEEDS_A_GPU = re.compile("_kernel|_triton|__init__")
+NEEDS_A_GPU = re.compile("_kernel|_triton|_fused|__init__")
 
 # Arithmetic is exchanged with arithmetic, a comparison with its boundary and with its opposite. The rest of what
 # cosmic-ray knows raises a TypeError at once, or touches annotations, which never run.
@@ -50,8 +50,16 @@ QUICK = {
     "robustgrad": ("pool_edges", "ratio", "window", "reweighter"),
 }
 SLOW = {
-    "ambiguity": ("robust_loss", "compiled", "memory", "ambiguity_ways", "ambiguity_laws"),
-    "robustgrad": ("memory", "schedule", "prompt_groups", "token_units", "optimizer_checkpoints", "faults"),
+    "ambiguity": ("memory", "kernel", "ambiguity_ways", "robust_loss", "ambiguity_laws", "compiled"),
+    "robustgrad": (
+        "memory",
+        "distributed",
+        "schedule",
+        "prompt_groups",
+        "token_units",
+        "optimizer_checkpoints",
+        "faults",
+    ),
 }
 LONGEST = 600.0  # seconds; a change may well make a loop endless
 

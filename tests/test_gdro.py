@@ -36,7 +36,7 @@ BATCHES = [
 
 
 @pytest.mark.parametrize("cap", [10.0, 2.0])
-@pytest.mark.parametrize("form", ["normalised", "released"])
+@pytest.mark.parametrize("form", ["normalised", "paper"])
 def test_against_its_definition(form: str, cap: float) -> None:
     gdro = PromptGDRO(4, step_size=0.7, decay=0.3, clip=2.5, mixing=0.2, cap=cap, form=form)
     for i, (losses, groups) in enumerate(BATCHES):
@@ -155,7 +155,7 @@ def test_square_root_law() -> None:
     [
         (lambda: PromptGDRO(0), "bins must be an integer of at least 1, got 0"),
         (lambda: PromptGDRO(2, decay=0.0), "decay must be in (0, 1], got 0.0"),
-        (lambda: PromptGDRO(2, form="paper"), "form must be 'normalised' or 'released', got 'paper'"),
+        (lambda: PromptGDRO(2, form="code"), "form must be 'normalised' or 'paper', got 'code'"),
         (lambda: PromptGDRO(2).ratio(torch.rand(2), torch.tensor([0, 2])), "groups must be ids in 0 .. 1, got 0 .. 2"),
         (lambda: DifficultyBins(window=0), "window must be an integer of at least 1"),
         (lambda: DifficultyBins(margin=2.0), "margin must be in [0, 1], got 2.0"),

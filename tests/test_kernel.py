@@ -1,8 +1,10 @@
-"""The Triton kernel: parity in Triton's interpreter, that it builds for GPUs, and how it is chosen."""
+"""The kernels: parity of Triton's in its interpreter and of the C++ one, that they build, and how one is chosen."""
 
 from __future__ import annotations
 
+import logging
 import os
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -14,11 +16,16 @@ import pytest
 import torch
 
 from robustgrad import Reweighter
-from robustgrad.ambiguity import KL, ChiSquare, CVaR, TotalVariation, _kernel
+from robustgrad.ambiguity import KL, ChiSquare, CVaR, TotalVariation, _fused, _kernel
 
 HERE = Path(__file__).parent
 needs_triton = pytest.mark.skipif(not find_spec("triton"), reason='Triton is not installed: "robustgrad[triton]"')
-PARITY = ("tests/kernel_parity.py", "tests/memory_kernel_parity.py")
+BESIDE_PYTHON = os.pathsep.join((os.environ.get("PATH", ""), str(Path(sys.executable).parent)))
+needs_compiler = pytest.mark.skipif(
+    not all(shutil.which(tool, path=BESIDE_PYTHON) for tool in (os.environ.get("CXX", "c++"), "ninja")),
+    reason='no C++ compiler or no ninja: "robustgrad[cpp]"',
+)
+ROWS, MEMORY = "tests/kernel_parity.py", "tests/memory_kernel_parity.py"
 KINDS = ["plain", "top", "near", "ball", "price", "tilt", "softmax"]
 NUMBERS = ("first", "second", "third", "fourth", "fifth")
 VARIANTS = {  # dtype, base and mask, rows and losses of a program, warps
@@ -33,13 +40,22 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
     )
 
 
+def assert_parity_in_a_process(*files: str, **environment: str) -> None:
+    run = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files, **environment)
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+    assert " passed" in run.stdout, run.stdout[-500:]
+
+
 @needs_triton
 def test_parity_in_the_interpreter() -> None:
     """Triton decides at its import whether it interprets: a process of its own."""
-    options = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist", *PARITY)
-    run = python("-m", "pytest", *options, TRITON_INTERPRET="1", ROBUSTGRAD_KERNEL="triton")
-    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
-    assert " passed" in run.stdout and "skipped" not in run.stdout, run.stdout[-500:]
+    assert_parity_in_a_process(ROWS, MEMORY, TRITON_INTERPRET="1", ROBUSTGRAD_KERNEL="triton")
+
+
+@needs_compiler
+def test_parity_in_cpp() -> None:
+    """The operator is registered once, at import: a process of its own."""
+    assert_parity_in_a_process(ROWS, ROBUSTGRAD_KERNEL="cpp", OMP_NUM_THREADS="1")
 
 
 @needs_triton
@@ -134,15 +150,37 @@ def test_a_cpu_tensor_is_left_to_torch() -> None:
 
 
 def test_the_name_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"ROBUSTGRAD_KERNEL must be 'torch' or 'triton', got 'cuda'"):
+    with pytest.raises(ValueError, match=r"ROBUSTGRAD_KERNEL must be 'torch' or 'triton' or 'cpp', got 'cuda'"):
         _kernel.chosen("cuda")
-    assert _kernel.chosen("torch") == "torch"
+    assert _kernel.chosen("torch") == "torch" and _kernel.chosen("cpp") == "cpp"
     monkeypatch.setattr(_kernel, "find_spec", lambda name: None)
     assert _kernel.chosen(None) == "torch"
     with pytest.raises(ImportError, match=r'pip install "robustgrad\[triton\]"'):
         _kernel.chosen("triton")
     monkeypatch.setattr(_kernel, "find_spec", lambda name: name)
     assert _kernel.chosen(None) == _kernel.chosen("triton") == "triton"
+
+
+def test_without_a_compiler_the_error_says_what_is_missing(tmp_path: Path) -> None:
+    compiler = str(tmp_path / "none")
+    run = python("-c", "import robustgrad", ROBUSTGRAD_KERNEL="cpp", CXX=compiler, TORCH_EXTENSIONS_DIR=str(tmp_path))
+    assert "ImportError: ROBUSTGRAD_KERNEL" in run.stderr and 'pip install "robustgrad[cpp]"' in run.stderr
+
+
+def test_the_kernel_that_solves_is_logged_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(_fused, "_load", lambda: None)
+    with caplog.at_level(logging.INFO, "robustgrad"):
+        _fused.build()
+    assert [record.message for record in caplog.records] == ["ROBUSTGRAD_KERNEL=cpp: the C++ kernel solves on the CPU."]
+
+
+def test_another_source_is_another_build() -> None:
+    names = {
+        _fused._name(*parts) for parts in (("2.4", "source"), ("2.5", "source"), ("2.5", "other"), ("2.5s", "ource"))
+    }
+    assert len(names) == 4 and all(name.isidentifier() for name in names)
 
 
 def test_where_the_kernel_does_not_run_torch_does_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

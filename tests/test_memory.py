@@ -222,6 +222,15 @@ def test_forgotten_steps_are_reported_and_do_not_pile_up() -> None:
     )
 
 
+def test_a_small_memory_waits_as_long_for_a_step() -> None:
+    reweighter = Reweighter(CVaR(0.5), memory=64)
+    reweighter.expects_steps = True
+    ratios(reweighter, torch.rand(2**15 - 1))
+    ratios(reweighter, torch.rand(1))  # no warning, which would be an error
+    with pytest.warns(UserWarning, match="32768 losses came without an optimizer step"):
+        ratios(reweighter, torch.rand(1))
+
+
 def test_below_64_remembered_losses_there_is_no_rule() -> None:
     reweighter = Reweighter(CVaR(0.5))
     for _ in range(2):

@@ -52,6 +52,7 @@ RUNS = [
     ("ppo", ["--version", "B", "--ambiguity", "cvar"]),
     ("ppo", ["--version", "A", "--scaled", "rewards", "--kl-inside", "--critic-targets", "--groups", "domain"]),
     ("ppo", ["--prompt-gdro"]),
+    ("ppo", ["--rollout-gdro"]),
     ("ppo", ["--ambiguity", "wasserstein", "--radius", "0.5"]),
     ("npg", ["--ambiguity", "tv", "--radius", "0.3"]),
     ("npg", ["--iterations", "3", "--steps", "4"]),
@@ -127,6 +128,7 @@ def test_a_run_goes_on_where_it_stopped(example, tmp_path: Path, name: str, opti
         ("ppo", ["--critic-targets"], 'version must be "A" for the switches'),
         ("ppo", ["--ambiguity", "wasserstein", "--version", "A"], "It shifts embeddings and gives no prompt a ratio"),
         ("ppo", ["--ambiguity", "wasserstein", "--prompt-gdro"], "It shifts embeddings and gives no prompt a ratio"),
+        ("ppo", ["--rollout-gdro", "--groups", "domain"], "--rollout-gdro must come with --groups prompt, got domain."),
         ("ppo", ["--ambiguity", "wasserstein", "--radius", "-1"], "radius must be in [0, inf), got -1.0."),
         ("rebel", ["--ambiguity", "wasserstein", "--radius", "nan"], "radius must be in [0, inf), got nan."),
         ("npg", ["--ambiguity", "wasserstein"], "Use ppo.py --ambiguity wasserstein."),
@@ -269,6 +271,25 @@ def test_a_prompt_keeps_its_number(example, policy) -> None:
     assert rollout.groups.tolist() == [0, 0, 0, 1, 1, 1]
     assert [prompt.number for prompt in rollout.prompts] == [0, 0, 0, 1, 1, 1]
     assert rollout.mask.sum(-1).max() <= 4 and (rollout.mask.sum(-1) > 0).all()
+
+
+def test_rollout_gdro_moves_responses_on_its_budget(example, policy) -> None:
+    """Half of the prompts are solved now and then, half never: counts come to differ, weights of prompts do not."""
+    rollouts, controller = example("rollouts"), example("difficulty_rollouts").DifficultyRollouts(0.5, mean=4)
+
+    def reward(texts: list[str], *_: list[str]) -> torch.Tensor:
+        return torch.tensor([float(text) * (i % 2) for i, text in enumerate(texts)])
+
+    prompts = [rollouts.Prompt(i, "0.1" if i % 2 else "1.0", [5, 6 + i], "code") for i in range(6)]
+    args = SimpleNamespace(seed=0, prompts=6, new_tokens=1, steps=6, groups="prompt")
+    seen = []
+    for rollout in rollouts.Task(policy, reward, prompts, [], args).rollouts(controller.responses):
+        drawn = torch.bincount(rollout.groups, minlength=6)
+        ratio = controller.ratio(-rollout.rewards, groups=rollout.groups)
+        assert int(drawn.sum()) == 24 and torch.equal(drawn[::2], drawn[0].expand(3))
+        assert_close(torch.zeros(6).index_add(0, rollout.groups, ratio), torch.full((6,), 4.0))
+        seen.append(drawn.tolist())
+    assert seen[0] == [4] * 6 and len({tuple(drawn) for drawn in seen}) > 2
 
 
 @pytest.mark.parametrize("path", sorted((EXAMPLES / "settings").glob("*.txt")), ids=lambda path: path.stem)

@@ -45,3 +45,12 @@ def test_the_rule_bends_at_the_threshold(ambiguity: AmbiguitySet, weighted: bool
 @pytest.mark.parametrize("ambiguity", BALLS, ids=str)
 def test_also_where_squares_would_overflow(ambiguity: AmbiguitySet, weighted: bool) -> None:
     bends(ambiguity, weighted, 1e200)
+
+
+@pytest.mark.parametrize("ambiguity", [TotalVariation(0.5), CVaR(0.5), ChiSquare(0.1)], ids=str)
+def test_a_weight_of_two_is_the_loss_twice(ambiguity: AmbiguitySet) -> None:
+    """The top half ends exactly between 4 and 3: 4 is what it reaches."""
+    losses, counts = torch.tensor([5.0, 4.0, 3.0, 1.0]), torch.tensor([2, 2, 1, 3])
+    weighted = ambiguity.solve(losses, base=counts.float())
+    repeated = ambiguity.solve(losses.repeat_interleave(counts))
+    torch.testing.assert_close(weighted.threshold, repeated.threshold)

@@ -1,10 +1,11 @@
-"""Which way a worst case is solved: by a Triton kernel or by torch's own operations.
+"""Which way a worst case is solved: by a kernel of our own, or by torch's own operations.
 
-Where Triton is installed and runs, a kernel takes CUDA tensors: rows of at most 4096 losses by one launch, longer ones
-by a fixed number of passes (`_long_rows.py`). Torch does the rest, Apple's GPUs for one.
-The environment variable ROBUSTGRAD_KERNEL=torch|triton, read at import, chooses by hand: "torch" never uses
-the kernel, "triton" insists on Triton being there. Under Triton's interpreter (TRITON_INTERPRET=1) "triton"
-takes CPU tensors as well, slowly: that is for tests.
+Where Triton is installed and runs, its kernels take CUDA tensors: rows of at most 4096 losses by one launch, longer
+ones by a fixed number of passes (`_long_rows.py`). The C++ kernel takes all CPU tensors where it is asked for. Torch
+does the rest, Apple's GPUs for one.
+The environment variable ROBUSTGRAD_KERNEL=torch|triton|cpp, read at import, chooses by hand: "torch" never uses
+a kernel, "triton" insists on Triton being there, "cpp" builds the C++ kernel at import, unless it was built before.
+Under Triton's interpreter (TRITON_INTERPRET=1) "triton" takes CPU tensors as well, slowly: that is for tests.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from . import _long_rows
+from . import _fused, _long_rows
 
 _LONGEST = 4096  # losses in a row
 _OLDEST = 7  # major compute capability that Triton supports
 
 
 class Recipe(NamedTuple):
-    """An ambiguity set as the kernel knows it: a kind, and up to five numbers whose meaning it fixes."""
+    """An ambiguity set as the kernels know it: a kind, and up to five numbers whose meaning it fixes."""
 
     kind: str
     numbers: tuple[float, ...] = ()
@@ -36,7 +37,7 @@ def chosen(name: str | None) -> str:
     installed = find_spec("triton") is not None
     if not name:
         return "triton" if installed else "torch"
-    _checks.choice("ROBUSTGRAD_KERNEL", name, ("torch", "triton"))
+    _checks.choice("ROBUSTGRAD_KERNEL", name, ("torch", "triton", "cpp"))
     if name == "triton" and not installed:
         raise ImportError(
             'triton is missing, and ROBUSTGRAD_KERNEL is "triton". Install it with pip install "robustgrad[triton]", '
@@ -46,18 +47,29 @@ def chosen(name: str | None) -> str:
 
 
 _NAME = os.environ.get("ROBUSTGRAD_KERNEL")
-_TRITON = chosen(_NAME) == "triton"
+_KERNEL = chosen(_NAME)
+# Beside the C++ kernel Triton's solves on GPUs as if nothing had been said.
+_TRITON = _KERNEL == "triton" or (_KERNEL == "cpp" and chosen(None) == "triton")
 _runs: dict[torch.device, bool] = {}
-_INTERPRETED = bool(_TRITON and _NAME) and os.environ.get("TRITON_INTERPRET") == "1"
+_INTERPRETED = _NAME == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def solves(losses: Tensor) -> bool:
+    """Whether there are kernels where these losses are."""
+    return _in_cpp(losses) or runs(losses)
 
 
 def takes(recipe: Recipe, losses: Tensor) -> bool:
-    """Whether there is a kernel for such a set and rows of that length."""
-    return losses.shape[-1] <= _LONGEST or recipe.kind in _long_rows.KINDS
+    """Whether one of them is for such a set and rows of that length."""
+    return _in_cpp(losses) or losses.shape[-1] <= _LONGEST or recipe.kind in _long_rows.KINDS
+
+
+def _in_cpp(losses: Tensor) -> bool:
+    return _KERNEL == "cpp" and losses.is_cpu
 
 
 def runs(like: Tensor) -> bool:
-    """Whether kernels run where these losses are."""
+    """Whether Triton's kernels run there."""
     if not _TRITON or not (like.is_cuda or (_INTERPRETED and like.is_cpu)):
         return False
     return not like.is_cuda or _runs_on(like.device)
@@ -75,7 +87,7 @@ def _tried_on(device: torch.device) -> bool:
     try:
         _launch(torch.zeros(1, device=device), None, None, "plain", [])
     except Exception as error:
-        if _NAME:
+        if _NAME == "triton":
             raise
         warnings.warn(
             f"The Triton kernel does not run on {device}, so torch's own operations solve: {error}. "
@@ -88,7 +100,7 @@ def _tried_on(device: torch.device) -> bool:
 
 def solve(recipe: Recipe, losses: Tensor, base: Tensor | None, mask: Tensor | None) -> Tensor:
     """The ratio (..., n) in float64 of detached losses."""
-    found: Tensor = torch.ops.robustgrad.worst_ratio(losses, base, mask, *recipe)
+    found: Tensor = torch.ops.robustgrad.worst_ratio.default(losses, base, mask, *recipe)
     return found
 
 
@@ -107,6 +119,9 @@ def _shape(losses: Tensor, base: Tensor | None, mask: Tensor | None, kind: str, 
 # An operator of torch: torch.compile sees one call and need not look inside.
 _library: Any = torch.library.Library("robustgrad", "FRAGMENT")  # type: ignore[no-untyped-call]  # torch leaves it untyped
 _library.define("worst_ratio(Tensor losses, Tensor? base, Tensor? mask, str kind, float[] numbers) -> Tensor")
-for _device in ("CUDA", "CPU"):
-    _library.impl("worst_ratio", _launch, _device)
+_library.impl("worst_ratio", _launch, "CUDA")
+if _INTERPRETED:
+    _library.impl("worst_ratio", _launch, "CPU")
 torch.library.register_fake("robustgrad::worst_ratio", _shape, lib=_library)
+if _KERNEL == "cpp":
+    _fused.build()

@@ -74,7 +74,6 @@ class Problem(NamedTuple):
         """(..., 1) NaN for rows that have no answer and 0 otherwise."""
         return self.top - self.top
 
-    @property
     def _widened(self) -> bool:
         """Whether no square of a loss can leave the range of `losses`."""
         return self.losses.dtype == torch.float64 != self.given.dtype
@@ -92,13 +91,13 @@ class Problem(NamedTuple):
     def expect(self, values: Tensor) -> Tensor:
         """Mean of `values` under the base, (..., 1)."""
         if self.base is None:
-            return values.sum(-1, keepdim=True) / values.shape[-1]
+            return values.mean(-1, keepdim=True)
         return (self.base * values).sum(-1, keepdim=True)
 
     def distance(self) -> Tensor:
         """losses - max, with room for sums."""
         drop = self.losses - self.top
-        return drop if self._widened else drop.clamp_min(torch.finfo(drop.dtype).min / 2**40)
+        return drop if self._widened() else drop.clamp_min(torch.finfo(drop.dtype).min / 2**40)
 
     def below_top(self) -> tuple[Tensor, Tensor | float]:
         """(losses - max) / unit, not positive, and the unit: 1 where their squares are safe, or else the
@@ -107,7 +106,7 @@ class Problem(NamedTuple):
         What stands for -inf lies so far below that the finite losses look tied from there.
         """
         drop = self.losses - self.top
-        if self._widened or _is_moderate(drop):
+        if self._widened() or _is_moderate(drop):
             return drop, 1.0
         limits = torch.finfo(drop.dtype)
         finite = torch.where(self.losses > limits.min, drop, 0.0)

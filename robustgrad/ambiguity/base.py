@@ -128,8 +128,9 @@ class AmbiguitySet(ABC):
         (or with a penalty on D in the objective). Exact, and without a host sync: values are looked at on
         the CPU alone, where that waits for nothing, and never while torch.compile traces.
         On CUDA rows of up to 4096 losses take one launch of a Triton kernel, longer ones a fixed number
-        of passes, at most 28, where Triton is installed and runs; the environment variable
-        ROBUSTGRAD_KERNEL=torch|triton, read at import, chooses by hand.
+        of passes, at most 28, where Triton is installed and runs. The environment variable
+        ROBUSTGRAD_KERNEL=torch|triton|cpp, read at import, chooses by hand: "cpp" builds a C++ kernel for CPU
+        tensors, and only that calls a compiler.
 
         Args:
             losses: (..., n) float16, bfloat16, float32 or float64; higher is worse. Rows are separate
@@ -151,7 +152,7 @@ class AmbiguitySet(ABC):
             asked = Asked.of(losses, base, mask)
             ratio = Transformed.apply(self._wide_ratio, *asked)  # type: ignore[no-untyped-call]  # torch leaves it untyped
             return WorstCase(self, asked, ratio)
-        if _kernel.runs(losses) and (recipe := self._recipe()) and _kernel.takes(recipe, losses):
+        if _kernel.solves(losses) and (recipe := self._recipe()) and _kernel.takes(recipe, losses):
             asked = Asked.of(losses, base, mask)
             return WorstCase(self, asked, _kernel.solve(recipe, *asked))
         problem = Problem.unchecked(losses, base, mask)

@@ -17,11 +17,13 @@ from .kldpo import kldpo_ratio
 from .prompt_gdro import PromptGDRO
 from .reward_ensemble import pessimistic_rewards, worst_regret
 from .rollout_counts import rollout_counts
+from .rollout_gdro import RolloutGDRO
 
 __all__ = [
     "DifficultyBins",
     "GroupDRO",
     "PromptGDRO",
+    "RolloutGDRO",
     "doro_ratio",
     "dpo_pro",
     "dr_dpo_loss",

@@ -21,9 +21,10 @@ class PromptGDRO:
     To the bins of `DifficultyBins`, or to any groups, it gives
 
         form="normalised":   min(w_b, cap) / its mean over the batch        mean 1
-        form="released":     min(w_b, cap)                                  as the paper scales the advantages
+        form="paper":        min(w_b, cap)                                  as the paper scales the advantages
 
-    whose constant factor the paper leaves to the learning rate; it grows with the losses.
+    whose constant factor the paper leaves to the learning rate; it grows with the losses. The authors' code brings
+    the ratios to a mean of 1 too: of q_b over the bins of the batch, with the cap after that.
 
     Args:
         bins: B, ids are 0 .. B - 1.
@@ -32,9 +33,11 @@ class PromptGDRO:
         clip: > 0, C, in units of the loss.
         mixing: in [0, 1], gamma: the share of `weights` that is uniform.
         cap: > 0, omega_max.
-        form: "normalised" or "released".
+        form: "normalised" or "paper".
     Raises: TypeError or ValueError: an argument of another shape, type or range.
-    Source: arXiv 2601.19280, equations 12 to 16; its values of the arguments are not known here.
+    Source: arXiv 2601.19280, equations 12 to 16. Its appendix A.2.1 has 10 bins, step_size 0.65, decay 0.12, mixing
+        0.01, cap 15, and divides a bin's mean loss by its share of the batch, an option of the paper that is left
+        out here; clip is not given.
 
     >>> import torch
     >>> gdro = PromptGDRO(2, step_size=1.0, decay=1.0)
@@ -51,7 +54,7 @@ class PromptGDRO:
         clip: float = 10.0,
         mixing: float = 0.0,
         cap: float = 10.0,
-        form: Literal["normalised", "released"] = "normalised",
+        form: Literal["normalised", "paper"] = "normalised",
     ) -> None:
         _checks.whole("bins", bins, 1, "Bins are numbered from 0.")
         self.step_size = _checks.number("step_size", step_size, 0.0, torch.inf, "0 is plain averaging.")
@@ -59,7 +62,7 @@ class PromptGDRO:
         self.clip = _checks.number("clip", clip, 0.0, torch.inf, "It bounds the scores.", open_low=True)
         self.mixing = _checks.number("mixing", mixing, 0.0, 1.0, "0 mixes nothing in.")
         self.cap = _checks.number("cap", cap, 0.0, torch.inf, "It bounds the ratios.", open_low=True)
-        _checks.choice("form", form, ("normalised", "released"))
+        _checks.choice("form", form, ("normalised", "paper"))
         self.form, self.scores = form, torch.zeros(bins)
 
     @property

@@ -26,8 +26,8 @@ def rollout_counts(
         low, high: bounds of a count, 0 < low <= high.
     Returns: (G,) float32 or wider. A NaN or negative variance makes it NaN.
     Raises: TypeError or ValueError: an argument of another shape, type or range.
-    Source: the square-root law of arXiv 2601.19280, section 4 (derived here); its Rollout-GDRO learns the counts
-        by bandits (EXP3P) under a shadow price instead, which is not offered.
+    Source: the square-root law of arXiv 2601.19280, equations 29 and 30, with bounds (derived here). `RolloutGDRO`
+        learns whole counts from losses instead.
 
     >>> import torch
     >>> rollout_counts(torch.tensor([1.0, 4.0]), torch.tensor([0.5, 0.5]), mean=6.0)
