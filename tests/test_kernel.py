@@ -145,6 +145,16 @@ def test_numbers_arrive_in_float64() -> None:
         assert set(declared.values()) == {"fp64"}
 
 
+@needs_triton
+def test_a_triton_that_narrows_them_is_refused() -> None:
+    from robustgrad.ambiguity._triton import require
+
+    for version in ("3.4.0", "3.10.1+cu130", "4.0"):
+        require(version)
+    with pytest.raises(ImportError, match=r"triton must be 3.4 or newer, got 3.2.0"):
+        require("3.2.0")
+
+
 def test_a_cpu_tensor_is_left_to_torch() -> None:
     assert not _kernel.runs(torch.randn(8))
 

@@ -14,6 +14,15 @@ _TILE = 1024  # losses in a program, where rows are shorter
 _PER_THREAD = 4
 
 
+def require(version: str) -> None:
+    """Raise an ImportError for a Triton that narrows a kernel's numbers to float32, whatever it declares."""
+    if tuple(map(int, version.split(".")[:2])) < (3, 4):
+        raise ImportError(f"triton must be 3.4 or newer, got {version}: install a newer torch, which brings its own")
+
+
+require(triton.__version__)
+
+
 class Tile(NamedTuple):
     """How many rows of how many losses a program takes, and in how many warps."""
 
