@@ -81,17 +81,20 @@ class MemoryPool(Pool):
         if not self._waiting():
             return
         self._step_size = self._waiting()
-        if self._memory is not None and self._memory.numbers is not None and self._learns(self._memory):
-            seen = self._room.seen(self._step)
-            self._memory = self._memory.learned(self.ambiguity, seen, self._capacity())
+        kept = self._kept_by_kernel()
+        if kept is not None:
+            self._memory = kept.learned(self.ambiguity, self._room.seen(self._step), self._capacity())
         else:
             self._memory = self._learned(Samples.join(self._step)._replace(ratio=None).counted())
         self._room.used = 0
 
-    def _learns(self, memory: Remembered) -> bool:
-        """Whether a kernel takes the step in."""
-        most = max(len(memory.samples.scores), self._capacity())
-        return kernel.learns(most, self._step_size, self.ambiguity._recipe())
+    def _kept_by_kernel(self) -> Remembered | None:
+        """The memory where a kernel takes the step in: wherever one can, so that resuming is exact to the bit."""
+        if self._memory is None:
+            return None
+        most = max(len(self._memory.samples.scores), self._capacity())
+        learns = kernel.learns(most, self._step_size, self.ambiguity._recipe())
+        return self._memory.kept_by_kernel() if learns else None
 
     def _learned(self, step: Samples) -> Remembered:
         units = Units.new(step.scores) if self._memory is None else self._memory.units
