@@ -1,0 +1,75 @@
+"""The tables of the ways to choose a radius, in several truths. A star: the 95% interval leaves out 0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import median
+
+from .choices import CHOICES
+from .comparisons import MAJORITY, MINORITY, Comparison, table
+from .methods import TV_RADII
+from .results import Cell, Results
+from .studies import BASE, CHOOSING
+from .truth import Truth
+
+_SIGN = {"TotalVariation": "TV", "ChiSquare": "chi-square"}
+CELLS: dict[str, Cell] = {
+    "base": (BASE, "linear"),
+    "noise 20%": (Truth(noise=0.2), "linear"),
+    "minority 1%": (Truth(share=0.01), "linear"),
+    "minority 30%": (Truth(share=0.3), "linear"),
+    "no conflict": (Truth(conflict=0.0), "linear"),
+    "no conflict, noise 20%": (Truth(conflict=0.0, noise=0.2), "linear"),
+}
+assert [truth for truth, _ in CELLS.values()] == list(CHOOSING)
+
+
+def best(own: Comparison) -> str:
+    """The radius of total variation with the lowest worst-case loss: known in hindsight alone."""
+    return min(["plain", *TV_RADII], key=lambda method: own.value(method, "tv10"))
+
+
+def radius(results: Results, cell: Cell, choice: str) -> float:
+    """The median over the seeds."""
+    return median(row["radius"] for row in results.rows(cell, choice))
+
+
+def chosen(results: Results) -> list[str]:
+    """Which radius each way chose, the median over the seeds and, where they differ, from which to which."""
+    owns = [Comparison(results, cell) for cell in CELLS.values()]
+    rows = [[choice, *(_radius(results, cell, choice) for cell in CELLS.values())] for choice in CHOICES]
+    return table(["radius", *CELLS], [*rows, ["*best TV in hindsight*", *map(best, owns)]])
+
+
+def _radius(results: Results, cell: Cell, choice: str) -> str:
+    rows = results.rows(cell, choice)
+    low, middle, high = (_short(f([row["radius"] for row in rows])) for f in (min, median, max))
+    return f"{_SIGN[rows[0]['set']]} {middle}" + (f" ({low} to {high})" if low != high else "")
+
+
+def _short(number: float) -> str:
+    return f"{number:.2g}".replace("0.", ".", 1) if number >= 1e-4 else f"{number:.0g}"
+
+
+def losses(results: Results) -> list[str]:
+    """The worst-case loss, and what it gained over plain training."""
+    return _by_cell(results, "worst-case loss", _loss)
+
+
+def accuracies(results: Results) -> list[str]:
+    return _by_cell(results, "minority / majority", _both)
+
+
+def _by_cell(results: Results, head: str, entry: Callable[[Comparison, str], str]) -> list[str]:
+    owns = [Comparison(results, cell) for cell in CELLS.values()]
+    rows = [[method, *(entry(own, method) for own in owns)] for method in ("plain", *CHOICES)]
+    return table([head, *CELLS], [*rows, ["*best TV in hindsight*", *(entry(own, best(own)) for own in owns)]])
+
+
+def _loss(own: Comparison, method: str) -> str:
+    gain = "" if method == "plain" else f" ({own.more_loss(method).short})"
+    return f"{own.value(method, 'tv10'):.3f}{gain}"
+
+
+def _both(own: Comparison, method: str) -> str:
+    return " / ".join(f"{own.accuracy(method, which):.3f}" for which in (MINORITY, MAJORITY))
