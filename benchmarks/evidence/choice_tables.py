@@ -9,19 +9,11 @@ from .choices import CHOICES
 from .comparisons import MAJORITY, MINORITY, Comparison, table
 from .methods import TV_RADII
 from .results import Cell, Results
-from .studies import BASE, CHOOSING
-from .truth import Truth
+from .studies import CHOOSING
 
 _SIGN = {"TotalVariation": "TV", "ChiSquare": "chi-square"}
-CELLS: dict[str, Cell] = {
-    "base": (BASE, "linear"),
-    "noise 20%": (Truth(noise=0.2), "linear"),
-    "minority 1%": (Truth(share=0.01), "linear"),
-    "minority 30%": (Truth(share=0.3), "linear"),
-    "no conflict": (Truth(conflict=0.0), "linear"),
-    "no conflict, noise 20%": (Truth(conflict=0.0, noise=0.2), "linear"),
-}
-assert [truth for truth, _ in CELLS.values()] == list(CHOOSING)
+_NAMES = ("base", "noise 20%", "minority 1%", "minority 30%", "no conflict", "no conflict, noise 20%")
+CELLS: dict[str, Cell] = {name: (truth, "linear") for name, truth in zip(_NAMES, CHOOSING, strict=True)}
 
 
 def best(own: Comparison) -> str:
