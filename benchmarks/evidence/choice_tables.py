@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from statistics import median
 
 from .choices import CHOICES
@@ -27,13 +26,13 @@ def radius(results: Results, cell: Cell, choice: str) -> float:
 
 
 def chosen(results: Results) -> list[str]:
-    """Which radius each way chose, the median over the seeds and, where they differ, from which to which."""
-    owns = [Comparison(results, cell) for cell in CELLS.values()]
-    rows = [[choice, *(_radius(results, cell, choice) for cell in CELLS.values())] for choice in CHOICES]
-    return table(["radius", *CELLS], [*rows, ["*best TV in hindsight*", *map(best, owns)]])
+    """Which radius each way chose."""
+    rows = [[choice, *(radius_of(results, cell, choice) for cell in CELLS.values())] for choice in CHOICES]
+    return table(["radius", *CELLS], [*rows, ["*best TV in hindsight*", *map(best, _owns(results))]])
 
 
-def _radius(results: Results, cell: Cell, choice: str) -> str:
+def radius_of(results: Results, cell: Cell, choice: str) -> str:
+    """With its set: the median over the seeds and, where they differ, from which to which."""
     rows = results.rows(cell, choice)
     low, middle, high = (_short(f([row["radius"] for row in rows])) for f in (min, median, max))
     return f"{_SIGN[rows[0]['set']]} {middle}" + (f" ({low} to {high})" if low != high else "")
@@ -44,18 +43,25 @@ def _short(number: float) -> str:
 
 
 def losses(results: Results) -> list[str]:
-    """The worst-case loss, and what it gained over plain training."""
-    return _by_cell(results, "worst-case loss", _loss)
+    """The worst-case loss, what it gained over plain training, and the most that it is above the best in hindsight."""
+    rows = [[method, *(_loss(own, method) for own in _owns(results)), f"{regret(results, method):+.3f}"]
+            for method in ("plain", *CHOICES)]  # fmt: skip
+    hindsight = ["*best TV in hindsight*", *(_loss(own, best(own)) for own in _owns(results)), ""]
+    return table(["worst-case loss", *CELLS, "most above the best"], [*rows, hindsight])
+
+
+def regret(results: Results, method: str) -> float:
+    return max(own.value(method, "tv10") - own.value(best(own), "tv10") for own in _owns(results))
 
 
 def accuracies(results: Results) -> list[str]:
-    return _by_cell(results, "minority / majority", _both)
+    rows = [[method, *(_both(own, method) for own in _owns(results))] for method in ("plain", *CHOICES)]
+    hindsight = ["*best TV in hindsight*", *(_both(own, best(own)) for own in _owns(results))]
+    return table(["minority / majority", *CELLS], [*rows, hindsight])
 
 
-def _by_cell(results: Results, head: str, entry: Callable[[Comparison, str], str]) -> list[str]:
-    owns = [Comparison(results, cell) for cell in CELLS.values()]
-    rows = [[method, *(entry(own, method) for own in owns)] for method in ("plain", *CHOICES)]
-    return table([head, *CELLS], [*rows, ["*best TV in hindsight*", *(entry(own, best(own)) for own in owns)]])
+def _owns(results: Results) -> list[Comparison]:
+    return [Comparison(results, cell) for cell in CELLS.values()]
 
 
 def _loss(own: Comparison, method: str) -> str:
