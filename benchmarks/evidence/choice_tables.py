@@ -20,9 +20,9 @@ def best(own: Comparison) -> str:
     return min(["plain", *TV_RADII], key=lambda method: own.value(method, "tv10"))
 
 
-def radius(results: Results, cell: Cell, choice: str) -> float:
-    """The median over the seeds."""
-    return median(row["radius"] for row in results.rows(cell, choice))
+def radii(results: Results, cell: Cell, choice: str) -> list[float]:
+    """That of each seed."""
+    return [row["radius"] for row in results.rows(cell, choice)]
 
 
 def chosen(results: Results) -> list[str]:
@@ -33,9 +33,9 @@ def chosen(results: Results) -> list[str]:
 
 def radius_of(results: Results, cell: Cell, choice: str) -> str:
     """With its set: the median over the seeds and, where they differ, from which to which."""
-    rows = results.rows(cell, choice)
-    low, middle, high = (_short(f([row["radius"] for row in rows])) for f in (min, median, max))
-    return f"{_SIGN[rows[0]['set']]} {middle}" + (f" ({low} to {high})" if low != high else "")
+    kind = _SIGN[results.rows(cell, choice)[0]["set"]]
+    low, middle, high = (_short(of(radii(results, cell, choice))) for of in (min, median, max))
+    return f"{kind} {middle}" + (f" ({low} to {high})" if low != high else "")
 
 
 def _short(number: float) -> str:
