@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import median
 
 from .choice_tables import CELLS, best, radii
-from .choices import TRIED
+from .choices import CHOICES, TRIED
 from .comparisons import Comparison
 from .results import Results
 
@@ -52,6 +52,7 @@ def choice_claims(results: Results) -> dict[str, bool]:
             0 < -own.more_loss("confidence 95%").mean < 0.06 for own in (base, rare)
         ),
         "a warm-up comes less far": loss(base, warm) > loss(base, sentence),
+        "but is ahead where the domains agree": loss(agree, warm) == min(loss(agree, choice) for choice in CHOICES),
         "the driven one is near the best with the conflict": near(base, driven),
         "with noise alone all that were large hurt": all(
             alone.more_loss(choice).low > 0 for choice in (sentence, prompts, left, driven)
