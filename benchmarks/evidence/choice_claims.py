@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from statistics import median
 
-from .choice_tables import CELLS, best, radii
+from .choice_tables import CELLS, best, radii, regret
 from .choices import CHOICES, TRIED
 from .comparisons import Comparison
 from .results import Results
@@ -33,6 +33,8 @@ def choice_claims(results: Results) -> dict[str, bool]:
     reach, warm, driven = f"{sentence}, as chi-square", "warm-up to TV .1", "adaptive up to TV .4"
     conflict = (base, noisy, rare, common)
     return {
+        "no way is near the best everywhere": min(regret(results, choice) for choice in CHOICES) > _NEAR,
+        "of them two are not far": sorted(CHOICES, key=lambda choice: regret(results, choice))[:2] == [left, prompts],
         "large radii are best with a conflict": all(best(own) in ("TV .4", "TV .7") for own in conflict),
         "a small one without": best(agree) in ("TV .02", "TV .05"),
         "none with wrong labels besides": best(alone) == "plain",

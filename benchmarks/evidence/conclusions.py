@@ -10,7 +10,7 @@ import math
 import re
 from pathlib import Path
 
-from .choice_tables import best, radius_of
+from .choice_tables import best, radius_of, regret
 from .claims import CELLS, claims
 from .comparisons import MAJORITY, MINORITY, Shifted
 from .results import Results
@@ -22,7 +22,7 @@ def conclusions(results: Results) -> list[str]:
     """The paragraphs and points, a line each."""
     check(results)
     text = TEXT.read_text(encoding="utf-8").strip()
-    text = re.sub(r"\n +", " ", text)  # a point that goes on
+    text = re.sub(r"\n +|(?<!\n)\n(?=[A-Za-z])", " ", text)  # a point or a paragraph that goes on
     return re.sub(r"\{([^}]*)\}", lambda field: number(results, *field[1].split("|")), text).splitlines()
 
 
@@ -43,6 +43,10 @@ def number(results: Results, what: str, cell: str, method: str) -> str:
             return radius_of(results, CELLS[cell], method)
         case "best":
             return best(own)
+        case "above the best":
+            return f"{regret(results, method):+.3f}"
+        case "right":
+            return f"{results.right(own.cell, method, own.mixture).mean().item():.3f}"
         case "best loss":
             return f"{own.value(best(own), 'tv10'):.3f}"
         case "seeds":

@@ -171,7 +171,7 @@ def _about_language(results: Results, cell: Cell) -> str:
         "this table only."
     )
     if cell[0] is None:
-        reached = results.value(cell, "plain", "accuracy", results.known_set)
+        reached = results.right(cell, "plain", results.known_set).mean().item()
         return f"{text} Plain training reaches {reached:.3f} on the training mixture. {_learned(reached, _HUMAN)}"
     majority = Comparison(results, cell).accuracy("plain", MAJORITY)
     return f"{text} Plain training reaches {majority:.3f} on the majority. {_learned(majority, _KNOWN)}"
