@@ -84,10 +84,14 @@ def test_smoke_run_resumes_with_the_same_rows(module: Callable[[str], ModuleType
 def test_a_language_model_runs_once(
     module: Callable[[str], ModuleType], folder: Path, cache: Path, tuned: str, options: list[str]
 ) -> None:
-    main, out = module("ood_protocol_language").main, folder / "out"
+    language, out = module("ood_protocol_language"), folder / "out"
     command = ["--data", str(folder), "--out", str(out), "--cache", str(cache), "--seeds", "1", "--steps", "2"]
     for _ in range(2):
-        main([*command, "--most", "5", "--methods", "TV .1", "--max-length", "32", *options])
+        language.main([*command, "--most", "5", "--methods", "TV .1", "--max-length", "32", *options])
+    model = language.loader(language.parsed([*command, *options]))(0).model
+    trained = [(name, parameter.requires_grad) for name, parameter in model.named_parameters()]
+    assert any("lora" in name for name, _ in trained) == (tuned == "LoRA")
+    assert all(grad for _, grad in trained) == (tuned == "full")
     (row,) = rows_of(out / "language.jsonl")
     judged = row["measures"]["last"]["mine"]
     assert 0 <= judged["worst"] <= judged["mean"] <= 1

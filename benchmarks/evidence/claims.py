@@ -91,6 +91,10 @@ def _of_methods(results: Results) -> dict[str, bool]:
         "the MLP serves both better": mlp.value("plain", "worst") > linear.value("plain", "worst"),
         "micro-batches of 1 are plain": abs(linear.gain("TV .1, batch 1", MINORITY).mean) < 0.002,
         "the memory is not": linear.gain("TV .1, memory 1", MINORITY).low > 0.002,
+        "fine-tuned encoders did not learn the known score": all(
+            Comparison(results, CELLS[name]).accuracy("plain", MAJORITY) < 0.75 for name in ("lora", "full")
+        ),
+        "nor did SmolLM2 the human labels": Comparison(results, CELLS["tier c"]).value("plain", "accuracy") < 0.6,
         "heads hardly learn the human labels": human.value("plain", "accuracy") < 0.55,
         "large radii pull towards a guess": human.on(large, "eval_llmbar").low > 0
         and human.on(large, "eval_safety_xstest").high < 0,
