@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import transformers
 from evidence.features import cache_folder
-from evidence.language import BATCH, Texts, run_language, swapped
+from evidence.language import BATCH, LEARNING_RATE, Texts, Training, run_language, swapped
 from evidence.methods import METHODS
 from evidence.protocol import Protocol
 from evidence.runs import append_rows, read_rows
@@ -53,7 +53,16 @@ def shortened(task: Task, texts: Texts, most: int) -> tuple[Task, Texts]:
 def loader(args: argparse.Namespace) -> Callable[[int], Scorer]:
     name = {"minilm": packaged_model, "smollm2": lambda: smollm2(args.cache)}.get(args.model, lambda: args.model)()
     tokenizer = load_tokenizer(name)
-    return lambda seed: Scorer(name, tokenizer, torch.device(args.device), seed)
+    precision = torch.autocast(args.device, torch.bfloat16, enabled=args.bfloat16)
+
+    def load(seed: int) -> Scorer:
+        scorer = Scorer(name, tokenizer, torch.device(args.device), seed)
+        if args.full:
+            scorer.model = scorer.model.unload().requires_grad_()
+        scorer.model.forward = precision(scorer.model.forward)  # the model alone: losses and weights are float32
+        return scorer
+
+    return load
 
 
 def smollm2(cache: Path) -> str:
@@ -78,16 +87,19 @@ def main(argv: list[str] | None = None) -> None:
     args = parsed(argv)
     torch.set_num_threads(args.threads)
     protocol = Protocol(args.data, args.cache, args.seeds, args.steps)
-    study = Study(BASE if args.tier == "known" else None, f"{args.model} LoRA", METHODS)
+    tuned = "full" if args.full else "LoRA"
+    training = Training(args.steps, args.max_length, LEARNING_RATE[tuned])
+    study = Study(BASE if args.tier == "known" else None, f"{args.model} {tuned}", METHODS)
     task, texts = shortened(protocol.task(study), texts_of(protocol, study), args.most)
     load, path = loader(args), args.out / "language.jsonl"
     about = {"task": study.about, "capacity": study.capacity, "steps": args.steps, "batch": BATCH, "most": args.most}
+    about |= {"max_length": args.max_length, "precision": "bfloat16" if args.bfloat16 else "float32"}
     for seed in protocol.seeds:  # all methods of a seed before the next: what there is can be compared
         for method in args.methods:
             run = about | {"method": method, "seed": seed}
             if any(run.items() <= row.items() for row in read_rows(path)):
                 continue
-            row = run_language(load, task, texts, METHODS[method], seed, args.steps, args.max_length)
+            row = run_language(load, task, texts, METHODS[method], seed, training)
             append_rows(path, [run | row])
             print(f"{study.capacity}, {method}, seed {seed}: {row['seconds']} s", flush=True)
 
@@ -103,6 +115,8 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     add("--steps", type=int, default=100, help="of 16 pairs (default: %(default)s)")
     add("--most", type=int, default=300, help="pairs of each domain that are judged (default: %(default)s)")
     add("--max-length", type=int, default=64, help="tokens of a sequence (default: %(default)s)")
+    add("--full", action="store_true", help="train all weights instead of LoRA adapters")
+    add("--bfloat16", action="store_true", help="matrix products in bfloat16 (autocast); losses stay in float32")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--threads", type=int, default=1)
     add("--out", type=Path, default=OUT, help="folder for the rows (default: %(default)s)")

@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -79,17 +80,24 @@ def test_smoke_run_resumes_with_the_same_rows(module: Callable[[str], ModuleType
 @pytest.mark.model
 @needs_model
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_a_language_model_runs_once(module: Callable[[str], ModuleType], folder: Path, cache: Path) -> None:
-    main, out = module("ood_protocol_language").main, folder / "out"
+@pytest.mark.parametrize(("tuned", "options"), [("LoRA", []), ("full", ["--full", "--bfloat16"])])
+def test_a_language_model_runs_once(
+    module: Callable[[str], ModuleType], folder: Path, cache: Path, tuned: str, options: list[str]
+) -> None:
+    language, out = module("ood_protocol_language"), folder / "out"
     command = ["--data", str(folder), "--out", str(out), "--cache", str(cache), "--seeds", "1", "--steps", "2"]
     for _ in range(2):
-        main([*command, "--most", "5", "--methods", "TV .1", "--max-length", "32"])
+        language.main([*command, "--most", "5", "--methods", "TV .1", "--max-length", "32", *options])
+    model = language.loader(language.parsed([*command, *options]))(0).model
+    trained = [(name, parameter.requires_grad) for name, parameter in model.named_parameters()]
+    assert any("lora" in name for name, _ in trained) == (tuned == "LoRA")
+    assert all(grad for _, grad in trained) == (tuned == "full")
     (row,) = rows_of(out / "language.jsonl")
     judged = row["measures"]["last"]["mine"]
     assert 0 <= judged["worst"] <= judged["mean"] <= 1
     (out / "about.json").write_text(json.dumps({"known": {"mine": {"names": ["support", "travel"], "of": "0 1 " * 6}}}))
     results = module("evidence.results").Results(out)
-    cell = (module("evidence.truth").Truth(), "minilm LoRA")
+    cell = (module("evidence.truth").Truth(), f"minilm {tuned}")
     assert results.right(cell, "TV .1", "mine", "travel").shape == (1, 5)
 
 
@@ -113,7 +121,7 @@ def test_a_folder_without_training_pairs_is_an_error(module: Callable[[str], Mod
 
 def test_one_domain_leaves_the_human_tier(module: Callable[[str], ModuleType], folder: Path) -> None:
     sets = module("evidence.sets").read_folder(folder)
-    known_pairs, replace = module("evidence.protocol").known_pairs, module("dataclasses").replace
+    known_pairs = module("evidence.protocol").known_pairs
     alone = [replace(pair, domain="mine") for pair in sets.train]
     assert known_pairs(replace(sets, train=alone), {}) is None
     assert known_pairs(replace(sets, validation=alone), {}) is None
@@ -200,6 +208,51 @@ def known(module: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, 
     embedded = {name: features(module, len(pairs), seed) for seed, (name, pairs) in enumerate(sets.all().items())}
     monkeypatch.setattr(truth, "directions", lambda _: (torch.eye(12)[0], torch.eye(12)[1]))
     return truth.KnownPairs(sets, embedded, "mine"), embedded
+
+
+def choosing(module: Callable[[str], ModuleType]) -> object:
+    generator = torch.Generator().manual_seed(5)
+    # Every seed has as many pairs of each domain as the others.
+    made = replace(task(module), index=[torch.randperm(150, generator=generator) for _ in range(2)])
+    target = torch.randn(40, 12, generator=generator) + 0.5
+    return module("evidence.choosing").Choosing(made, "linear", range(2), 12, made.pool.prompt, target)
+
+
+def test_every_choice_of_a_radius_trains_without_an_evaluation_set(module: Callable[[str], ModuleType]) -> None:
+    choices, seen = module("evidence.choices"), choosing(module)
+    ends = {}
+    for choice in choices.CHOICES:
+        methods = seen.methods(choice)
+        last = module("evidence.training").fit(seen.task, methods, "linear", range(2), 12)["last"][0]
+        assert last.isfinite().all()
+        ends[choice] = [method.at_the_end for method in methods]
+    assert ends["10% may change"] == [{"set": "TotalVariation", "radius": 0.1}] * 2
+    assert ends["10% may change, as chi-square"][0]["set"] == "ChiSquare"
+    assert ends["confidence 95%"][0]["radius"] == pytest.approx(1.645**2 / 300, rel=1e-3)
+    assert ends["warm-up to TV .1"][0]["radius"] == 0.1
+    assert ends["adaptive up to TV .4"][0]["radius"] != 0.1  # validation has driven it
+    for choice in ("validation loss within 5%", "leave one domain out"):
+        assert {end["radius"] for end in ends[choice]} <= set(choices.TRIED)
+
+
+def test_a_domain_that_is_left_out_is_not_trained_on(
+    module: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, trained = choosing(module), []
+    monkeypatch.setattr(seen, "_fitted", lambda task, radius: trained.append(task) or [torch.zeros(2, 12, 1)])
+    losses = [seen.left_out(0.1, domain) for domain in (0, 1, 1)]
+    assert [set(own.domains[torch.cat(own.index)].tolist()) for own in trained] == [{1}, {0}]  # once each
+    assert all(loss.tolist() == pytest.approx([math.log(2)] * 2) for loss in losses)
+
+
+def test_target_prompts_are_of_both_domains_alike(
+    module: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    pairs, embedded = known(module, monkeypatch, folder)
+    target, prompts = pairs.target_prompts(), embedded["validation"].prompt
+    place = [int((prompts - one).norm(dim=1).argmin()) for one in target]
+    minor = [pair.domain == "travel" for pair in module("evidence.sets").read_folder(folder).validation]
+    assert len(set(place)) == len(place) == 2 * sum(minor) == 2 * sum(minor[i] for i in place)
 
 
 def test_known_labels(module: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:

@@ -44,7 +44,8 @@ class Comparison:
         own, plain = (
             self.results.right(self.cell, name, self.mixture, self.results.two[which]) for name in (method, "plain")
         )
-        return difference(own, plain)
+        both = min(len(own), len(plain))  # seeds come in order, and an unfinished run has the first of them
+        return difference(own[:both], plain[:both])
 
     def value(self, method: str, name: str, iterate: str = "last") -> float:
         return self.results.value(self.cell, method, name, self.mixture, iterate)

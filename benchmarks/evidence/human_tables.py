@@ -7,6 +7,7 @@ from statistics import fmean
 from .comparisons import MAJORITY, MINORITY, Shifted, table
 from .paired import Difference
 from .results import Cell, Results
+from .tasks import first_of_each
 
 LINEAR: Cell = (None, "linear")
 MLP: Cell = (None, "mlp")
@@ -48,11 +49,20 @@ def _means(own: Shifted, method: str) -> list[str]:
 
 
 def language(results: Results, cell: Cell) -> list[str]:
-    """Accuracy of each method on every set."""
-    names = list(results.about["evals"])
+    """Accuracy on every set, its mean over the shifted ones against plain training, and that of the longer response."""
+    own, names = Shifted(results, cell), list(results.about["evals"])
+    head = ["method", "seeds", *(name.removeprefix("eval_") for name in names), "shifted sets - plain (95%)"]
+    longer = [f"{_longer(results, cell, name):.3f}" for name in names]
     rows = [
         [method, len(results.rows(cell, method)),
-         *(f"{results.right(cell, method, name).mean().item():.3f}" for name in names)]
+         *(f"{results.right(cell, method, name).mean().item():.3f}" for name in names),
+         "" if method == "plain" else own.overall(method)]
         for method in results.methods(cell)
     ]  # fmt: skip
-    return table(["method", "seeds", *(name.removeprefix("eval_") for name in names)], rows)
+    return table(head, [["*longer wins*", "", *longer, ""], *rows])
+
+
+def _longer(results: Results, cell: Cell, name: str) -> float:
+    """On the pairs that a language model was judged on."""
+    judged = first_of_each(results.domains(cell, name), results.rows(cell, "plain")[0]["most"])
+    return results.right((None, "none"), "longer wins", name)[:, judged].mean().item()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from lora_scorer import Encoded, Scorer, encode
@@ -18,7 +19,14 @@ from .methods import Batch, Make
 from .runs import Row, rounded
 from .tasks import Task
 
-BATCH, LEARNING_RATE = 16, 1e-3
+BATCH = 16
+LEARNING_RATE = {"LoRA": 1e-3, "full": 1e-4}
+
+
+class Training(NamedTuple):
+    steps: int
+    max_length: int  # tokens of a sequence
+    rate: float
 
 
 @dataclass(frozen=True)
@@ -37,15 +45,15 @@ def swapped(pairs: Sequence[Pair], swap: Tensor) -> list[Pair]:
 
 
 def run_language(
-    load: Callable[[int], Scorer], task: Task, texts: Texts, make: Make, seed: int, steps: int, max_length: int
+    load: Callable[[int], Scorer], task: Task, texts: Texts, make: Make, seed: int, training: Training
 ) -> Row:
     """Train one model and judge it; no validation: only the last iterate is reported."""
     began, scorer = time.perf_counter(), load(seed)
     rows = task.index[seed]
     pairs = swapped([texts.pool[i] for i in rows.tolist()], task.swapped[seed])
-    pairs = encode(scorer.tokenizer, pairs, max_length)
-    _train(scorer, pairs, task, rows, make(task.counts(seed)), seed, steps)
-    lead = {name: scorer.leads(encode(scorer.tokenizer, own, max_length)) for name, own in texts.evals.items()}
+    pairs = encode(scorer.tokenizer, pairs, training.max_length)
+    _train(scorer, pairs, task, rows, make(task.counts(seed)), seed, training)
+    lead = {name: scorer.leads(encode(scorer.tokenizer, own, training.max_length)) for name, own in texts.evals.items()}
     return {
         "seed": seed,
         "measures": {"last": rounded({name: measured(lead[name], task.evals[name]) for name in lead})},
@@ -55,14 +63,14 @@ def run_language(
 
 
 def _train(
-    scorer: Scorer, pairs: list[Encoded], task: Task, rows: Tensor, method: Callable, seed: int, steps: int
+    scorer: Scorer, pairs: list[Encoded], task: Task, rows: Tensor, method: Callable, seed: int, training: Training
 ) -> None:
     torch.manual_seed(seed)
     scorer.model.train()
     parameters = [p for p in scorer.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=steps)
-    for place in _batches(len(pairs), steps, seed):
+    optimizer = torch.optim.AdamW(parameters, lr=training.rate)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=training.steps)
+    for place in _batches(len(pairs), training.steps, seed):
         chosen, rejected = scorer([pairs[i] for i in place.tolist()])
         losses, own = bradley_terry(chosen, rejected), rows[place]
         method(Batch(chosen - rejected, losses, task.domains[own], task.membership[own])).backward()

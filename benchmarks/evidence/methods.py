@@ -18,6 +18,7 @@ from robustgrad.baselines import (
 )
 from robustgrad.objectives import bradley_terry
 from robustgrad.prompt_groups import soft_group_means
+from robustgrad.schedule import Adaptive, Schedule
 
 
 class Batch(NamedTuple):
@@ -36,13 +37,28 @@ Make = Callable[[Tensor], Method]  # of one run, from the sizes of the domains i
 class Robust:
     """The product: a `Reweighter` that sees the losses in calls of `micro`, all at once where that is None."""
 
-    def __init__(self, ambiguity: AmbiguitySet, *, micro: int | None = None, pool: str = "memory") -> None:
+    def __init__(self, ambiguity: AmbiguitySet | Schedule, *, micro: int | None = None, pool: str = "memory") -> None:
         self.reweighter, self.micro = Reweighter(ambiguity, pool=pool), micro
 
     def __call__(self, batch: Batch) -> Tensor:
         self.reweighter.step()  # that of the call before has happened
         parts = batch.losses.split(self.micro or len(batch.losses))
         return torch.stack([self.reweighter(part).sum() for part in parts]).sum() / len(batch.losses)
+
+
+class Driven(Robust):
+    """A set that was chosen for this run, or a schedule; validation may drive it."""
+
+    def observe(self, validation_loss: float) -> None:
+        if isinstance(self.reweighter.ambiguity, Adaptive):
+            self.reweighter.ambiguity.observe(validation_loss)
+
+    @property
+    def at_the_end(self) -> dict[str, object]:
+        """For the row of the run."""
+        ambiguity = self.reweighter.ambiguity
+        last = ambiguity.current if isinstance(ambiguity, Schedule) else ambiguity
+        return {"set": type(last).__name__, "radius": last.radius}
 
 
 class RobustDomains(Robust):
@@ -141,6 +157,7 @@ RADII: dict[str, Make] = {
     for name, radii in _GRID.items()
     for radius in radii
 }
+TV_RADII = {name: make for name, make in RADII.items() if name.startswith("TV ") and name not in ("TV 0", "TV 1")}
 
 # The same adversary on soft groups of prompts: a radius that moves groups moves less than one that moves prompts.
 GROUP_RADII: dict[str, Make] = {

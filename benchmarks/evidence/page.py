@@ -6,7 +6,7 @@ import re
 import textwrap
 from pathlib import Path
 
-from . import human_tables, known_tables
+from . import choice_tables, human_tables, known_tables
 from .comparisons import MAJORITY, Comparison
 from .conclusions import conclusions
 from .heads import HIDDEN
@@ -20,10 +20,11 @@ from .studies import BASE, GROUPS
 from .tasks import BATCH
 
 MLP: Cell = (BASE, "mlp")
-LORA: Cell = (BASE, "minilm LoRA")
+NOISY_MLP: Cell = (NOISY[0], "mlp")
+TEXTS: tuple[Cell, ...] = ((BASE, "minilm LoRA"), (BASE, "minilm full"))
 SMOLLM: Cell = (None, "smollm2 LoRA")
-_WIDTH = 118
-_LEARNED = 0.75  # accuracy on the majority from which a run counts as having learned its labels
+_WIDTH, _BUDGET = 118, 15  # characters; minutes for all runs on features
+_KNOWN, _HUMAN = 0.75, 0.6  # accuracy from which a run counts as having learned its labels
 
 
 def page(results: Results, pictures: str, *, judged: bool = True) -> str:
@@ -73,6 +74,7 @@ def _what_was_run(results: Results) -> list[str]:
         groups=GROUPS,
         bins=BINS,
         minutes=f"{results.seconds() / 60:.0f}",
+        budget=f", more than the {_BUDGET} that were aimed at" if results.seconds() > 60 * _BUDGET else "",
     ).splitlines()  # fmt: skip
 
 
@@ -89,15 +91,32 @@ def _known(results: Results, pictures: str) -> list[str]:
         "",
         f"![Gain of each method over plain training]({pictures}/gains.png)",
         *section("MLP, which sees the prompt", known_tables.methods(results, MLP)),
+        *section("MLP, 20% of the training labels wrong", known_tables.methods(results, NOISY_MLP)),
         *section("How large the minority is", known_tables.factor(results, "minority")),
         *section("How far the domains disagree", known_tables.factor(results, "conflict")),
         *section("Label noise", known_tables.factor(results, "noise")),
         *section("The radius", known_tables.radii(results)),
         "",
         f"![Accuracy against the radius]({pictures}/radius.png)",
+        *section("Ways to choose the radius (linear head)", _choices(results)),
         *section("What competes: memory or micro-batch", known_tables.pools(results)),
         *section("Last, best on validation, or averaged iterate (linear)", known_tables.iterates(results, LINEAR)),
         *section("Last, best on validation, or averaged iterate (MLP)", known_tables.iterates(results, MLP)),
+    ]
+
+
+def _choices(results: Results) -> list[str]:
+    return [
+        "Each way of `robustgrad.radius` chooses for every seed anew, from the training and validation pairs, or from "
+        "unlabeled prompts of both domains in equal parts. The radius is the median over the seeds (smallest to "
+        "largest), that of a schedule the last one. In hindsight: lowest worst-case loss of the radii in the table "
+        "above.",
+        "",
+        *choice_tables.chosen(results),
+        "",
+        *choice_tables.losses(results),
+        "",
+        *choice_tables.accuracies(results),
     ]
 
 
@@ -124,35 +143,42 @@ def _human(results: Results) -> list[str]:
 
 def _language(results: Results) -> list[str]:
     lines = ["## Language models (tiers A and C)", ""]
-    if results.methods(LORA):
-        lines += [_about_language(results, LORA), "", *known_tables.language(results, LORA), ""]
-    else:
-        lines += ["MiniLM with LoRA was not run.", ""]
+    for cell in TEXTS:
+        if results.methods(cell):
+            lines += [_about_language(results, cell), "", *known_tables.language(results, cell), ""]
+        else:
+            lines += [f"{cell[1]} was not run.", ""]
     if results.methods(SMOLLM):
-        return [*lines, _about_language(results, SMOLLM), "", *human_tables.language(results, SMOLLM)]
+        lines += [_about_language(results, SMOLLM), "", *human_tables.language(results, SMOLLM), ""]
+    else:
+        lines += ["**Tier C, a model that learns the human labels, was not run.**", ""]
     return [
         *lines,
-        "**Tier C, a model that learns the human labels, was not run**: there was no time for it. This runs it, "
-        "and goes on where it was interrupted:",
+        "Longer runs of it, on your data or a larger machine, go on where they were interrupted:",
         "",
         "```",
-        "python benchmarks/ood_protocol_language.py --data FOLDER --tier human --model smollm2",
+        "python benchmarks/ood_protocol_language.py --data FOLDER --tier human --model smollm2 --steps 500",
         "```",
     ]
 
 
 def _about_language(results: Results, cell: Cell) -> str:
-    row = results.rows(cell, results.methods(cell)[0])[0]
+    row = results.rows(cell, "plain")[0]
+    tier, precision = "human" if cell[0] is None else "known", row.get("precision", "float32")
     text = (
-        f"{cell[1]} on the texts, {'human' if cell[0] is None else 'known'} labels, {row['steps']} steps of "
-        f"{row['batch']} pairs, judged on the first {row['most']} pairs of each domain. Steps and pairs are others "
-        "than above: compare the rows of this table only."
+        f"**{cell[1]}** on the texts, {tier} labels, {row['steps']} steps of {row['batch']} pairs, {precision}, judged "
+        f"on the first {row['most']} pairs of each domain. Steps and pairs are others than above: compare the rows of "
+        "this table only."
     )
     if cell[0] is None:
-        return text
+        reached = results.right(cell, "plain", results.known_set).mean().item()
+        return f"{text} Plain training reaches {reached:.3f} on the training mixture. {_learned(reached, _HUMAN)}"
     majority = Comparison(results, cell).accuracy("plain", MAJORITY)
-    learned = "It learned the score." if majority > _LEARNED else "Too few steps to learn the score: this says little."
-    return f"{text} Plain training reaches {majority:.3f} on the majority. {learned}"
+    return f"{text} Plain training reaches {majority:.3f} on the majority. {_learned(majority, _KNOWN)}"
+
+
+def _learned(reached: float, enough: float) -> str:
+    return "It learned the labels." if reached > enough else "It did not learn the labels: this says little."
 
 
 def _again() -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -12,16 +13,19 @@ from preference_pairs import Pair
 
 from robustgrad.prompt_groups import PromptGroups
 
+from .choices import CHOICES
+from .choosing import Choosing
 from .features import Features, embed_sets
 from .heads import Parameters, leads
 from .human import human_task
 from .measures import measured, outcomes
+from .methods import Driven, Method
 from .runs import Row, rounded
 from .sets import Sets, read_folder
 from .studies import BASE, GROUPS, SHARES, Study
 from .tasks import Task, numbered
-from .training import trained
-from .truth import KnownPairs
+from .training import fit
+from .truth import KnownPairs, Truth
 from .words import word_features
 
 _SIZE = 4000  # training pairs of the known tier
@@ -43,6 +47,7 @@ class Protocol:
         self.known = known_pairs(self.sets, self.features)
         self.size = 0 if self.known is None else min(_SIZE, self.known.largest(SHARES))
         self.seeds, self.steps = range(seeds), steps
+        self._choosing = lru_cache(maxsize=1)(self._new_choosing)  # one study's choices come one after another
 
     def can(self, study: Study) -> bool:
         return study.truth is None or self.known is not None
@@ -56,12 +61,25 @@ class Protocol:
     def run(self, study: Study, method: str) -> list[Row]:
         """All seeds of a method in a study; beside the bag of words the other floor."""
         began, task = time.perf_counter(), self.task(study)
-        iterates = trained(task, study.methods[method], study.capacity, self.seeds, self.steps)
+        methods = self._methods(study, method, task)
+        iterates = fit(task, methods, study.capacity, self.seeds, self.steps)
         about = {"task": study.about, "capacity": study.capacity, "method": method}
-        rows = [about | row for row in _rows(task, iterates, self.seeds)]
+        chosen = [own.at_the_end if isinstance(own, Driven) else {} for own in methods]
+        rows = [about | row | own for row, own in zip(_rows(task, iterates, self.seeds), chosen, strict=True)]
         seconds = round((time.perf_counter() - began) / len(rows), 3)
         floor = [{"task": study.about} | longer_wins(task)] if study.capacity == "bag of words" else []
         return [row | {"seconds": seconds} for row in rows] + floor
+
+    def _methods(self, study: Study, method: str, task: Task) -> list[Method]:
+        """One for each seed."""
+        if method in CHOICES:
+            return self._choosing(study.truth, study.capacity).methods(method)
+        return [study.methods[method](task.counts(seed)) for seed in self.seeds]
+
+    def _new_choosing(self, truth: Truth, capacity: str) -> Choosing:
+        task = self.task(Study(truth, capacity, {}))
+        prompts = self.known.training_prompts(), self.known.target_prompts()
+        return Choosing(task, capacity, self.seeds, self.steps, *prompts)
 
     def about(self) -> Row:
         """What a reader of the rows has to know: the sets, and the domain of every pair in the order of its bits."""

@@ -75,7 +75,7 @@ class Results:
         return sum(
             row.get("seconds", 0.0)
             for (_, capacity), by_method in self._rows.items()
-            if "LoRA" not in capacity
+            if not capacity.endswith(("LoRA", "full"))
             for rows in by_method.values()
             for row in rows
         )

@@ -4,21 +4,31 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from .methods import GROUP_RADII, KEY_METHODS, METHODS, POOLS, RADII, Make
+from .choices import CHOICES, Choice
+from .methods import GROUP_RADII, KEY_METHODS, METHODS, POOLS, RADII, TV_RADII, Make
 from .truth import Truth
 
 SHARES, CONFLICTS, NOISES = (0.01, 0.1, 0.3), (0.0, 0.5, 1.0), (0.0, 0.1, 0.2)
 BASE = Truth()
 GROUPS = 16  # of prompts
+# Where the ways to choose a radius are compared.
+CHOOSING = (
+    BASE,
+    Truth(noise=0.2),
+    Truth(share=0.01),
+    Truth(share=0.3),
+    Truth(conflict=0.0),
+    Truth(conflict=0.0, noise=0.2),
+)
 
 
 @dataclass(frozen=True)
 class Study:
-    """`truth` None is tier B, the human labels."""
+    """`truth` None is tier B, the human labels. Beside methods there are choices of a radius, one for each run."""
 
     truth: Truth | None
     capacity: str
-    methods: dict[str, Make]
+    methods: dict[str, Make] | dict[str, Choice]
 
     @property
     def about(self) -> dict[str, object]:
@@ -36,6 +46,7 @@ def studies(smoke: bool = False) -> list[Study]:
             Study(None, "linear", few),
             Study(None, "bag of words", {"plain": METHODS["plain"]}),
             Study(BASE, "linear", POOLS),
+            Study(BASE, "linear", CHOICES),
         ]
     noisy, plain = Truth(noise=0.2), {"plain": METHODS["plain"]}
     one_factor = {
@@ -47,8 +58,10 @@ def studies(smoke: bool = False) -> list[Study]:
     return [
         *(Study(truth, "bag of words", plain) for truth in (BASE, noisy, None)),
         *(Study(truth, "linear", METHODS) for truth in (BASE, None, noisy)),
-        *(Study(truth, "mlp", KEY_METHODS) for truth in (BASE, None)),
+        *(Study(truth, "mlp", KEY_METHODS) for truth in (BASE, None, noisy)),
         *(Study(truth, "linear", KEY_METHODS) for truth in cells),
         *(Study(truth, "linear", RADII | GROUP_RADII) for truth in (BASE, noisy)),
         Study(BASE, "linear", POOLS),
+        *(Study(truth, "linear", plain | TV_RADII) for truth in CHOOSING),
+        *(Study(truth, "linear", CHOICES) for truth in CHOOSING),
     ]

@@ -85,6 +85,7 @@ class KnownPairs:
         self.train = self._part(sets.train, features["train"])
         self._prompts = features["train"].prompt[self.train.rows]
         self.validation = self._part(sets.validation, features["validation"])
+        self._later = features["validation"].prompt[self.validation.rows]
         self.test = self._part(sets.evals[evaluated], features[evaluated])
 
     def _part(self, pairs: list[Pair], features: Features) -> _Part:
@@ -106,6 +107,15 @@ class KnownPairs:
         joint = groups.membership(self._prompts) * weight[:, None]
         shares = joint[domain == 1].sum(0) / joint.sum(0)
         return [round(value, 4) for value in shares.sort().values.tolist()]
+
+    def training_prompts(self) -> Tensor:
+        """Embeddings, of the rows of a task's pool."""
+        return self._prompts
+
+    def target_prompts(self) -> Tensor:
+        """Embeddings of validation prompts, as many of one domain as of the other: a shift to come, unlabeled."""
+        domain = self.validation.domain
+        return self._later[_mixture(domain, 0.5, 2 * int(domain.bincount(minlength=2).min()), 0)]
 
     def task(
         self, truth: Truth, seeds: Sequence[int], size: int, groups: PromptGroups, seen: dict[str, Features]
