@@ -23,7 +23,7 @@ MLP: Cell = (BASE, "mlp")
 NOISY_MLP: Cell = (NOISY[0], "mlp")
 TEXTS: tuple[Cell, ...] = ((BASE, "minilm LoRA"), (BASE, "minilm full"))
 SMOLLM: Cell = (None, "smollm2 LoRA")
-_WIDTH, _BUDGET = 118, 15  # characters; minutes for all runs on features
+_WIDTH = 118  # characters
 _KNOWN, _HUMAN = 0.75, 0.6  # accuracy from which a run counts as having learned its labels
 
 
@@ -74,7 +74,6 @@ def _what_was_run(results: Results) -> list[str]:
         groups=GROUPS,
         bins=BINS,
         minutes=f"{results.seconds() / 60:.0f}",
-        budget=f", more than the {_BUDGET} that were aimed at" if results.seconds() > 60 * _BUDGET else "",
     ).splitlines()  # fmt: skip
 
 
