@@ -147,7 +147,7 @@ def _eliminate(drop: Array, base: Array | None, limit: Limit) -> Line:
     edge = _edge_of_sample(drop, base, limit) if len(drop) >= _SAMPLED * _LONG else -math.inf
     before: list[float] = []
     for trial in range(_PASSES):
-        moments = powers.dot(np.greater(drop, edge, out=keep)).tolist()
+        moments = _dot(powers, np.greater(drop, edge, out=keep)).tolist()
         if not moments[0] > 0.0:
             break  # a row without an answer
         if moments != before:
@@ -162,6 +162,13 @@ def _eliminate(drop: Array, base: Array | None, limit: Limit) -> Line:
         edge = float(found.least)
     scanned = _scan(torch.from_numpy(drop), None if base is None else torch.from_numpy(base), limit)
     return Line(*(float(part) for part in scanned))
+
+
+def _dot(rows: Array, row: Array) -> Array:
+    """rows @ row. BLAS is the quicker way to it on a short row; on a long one it starts threads, which wait for torch's
+    as torch's wait for them."""
+    found: Array = rows.dot(row) if len(row) < _LONG else np.einsum("...i,i->...", rows, row)
+    return found
 
 
 def _powers(drop: Array, base: Array | None, limit: Limit) -> Array:
@@ -190,12 +197,12 @@ def _line_of(drop: Array, base: Array | None, keep: Array, total: float, limit: 
     mass, rest = total / n, (n - total) / n if base is None else float((base - weight).sum())
     least = float((drop * keep).min())
     rise = drop - least
-    mean = float(weight.dot(rise)) / n
+    mean = float(_dot(weight, rise)) / n
     if limit.penalty is not None:
         slope = 1 / limit.price
     else:
         rise -= mean / mass
-        spread = mass * float(weight.dot(rise * rise)) / n
+        spread = mass * float(_dot(weight, rise * rise)) / n
         budget = 2 * limit.radius * mass - rest
         # Saturated means spread 0: then the slope must be steep whatever is left of the budget.
         slope = math.sqrt(max(budget, _EPS**2) / max(spread, _TINY**0.5))
