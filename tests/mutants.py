@@ -30,7 +30,7 @@ from cosmic_ray.plugins import get_operator, operator_names
 ROOT = Path(__file__).parent.parent
 FILES = [
     *sorted((ROOT / "robustgrad/ambiguity").glob("*.py")),
-    *(ROOT / f"robustgrad/{name}.py" for name in ("pool", "memory", "window", "ratios", "reweighter")),
+    *(ROOT / f"robustgrad/{name}.py" for name in ("pool", "memory", "_remembered", "window", "ratios", "reweighter")),
 ]
 NEEDS_A_GPU = re.compile("_kernel|_triton|_long_rows|_fused|__init__")
 
