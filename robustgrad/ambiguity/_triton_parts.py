@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._triton_rows import _keys
+from ._triton_rows import _keys, weigh
 
 # Lanes of a block: those of `survey`, two sets of three times 16 for `search`, those of `gather` and of `moment`.
 TOP: tl.constexpr = tl.constexpr(0)
@@ -32,13 +32,7 @@ def entries(
 ):  # fmt: skip
     """Losses, the lowest number where there is none; weights, 0 there; which take part, and which spoil the row."""
     real = column < n
-    weight = tl.where(real, 1.0, 0.0).to(tl.float64)
-    bad = weight > 2.0
-    if BASED:
-        weight = tl.load(base + row * base_step + column, mask=real, other=0).to(tl.float64)
-        bad = ((weight >= 0.0) & (weight < float("inf"))) == 0
-    if MASKED:
-        weight = tl.where(tl.load(mask + row * mask_step + column, mask=real, other=0) != 0, weight, 0.0)
+    weight, bad = weigh(base, mask, row, column, real, base_step, mask_step, BASED, MASKED)
     on = weight != 0.0
     value = tl.load(losses + row * n + column, mask=real, other=0).to(tl.float64)
     wrong = on & ((value != value) | (value == float("inf")))

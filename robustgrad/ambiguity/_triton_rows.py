@@ -145,8 +145,8 @@ def _ratio(kind: tl.constexpr, values, top, on, weight, total, number, FULL: tl.
 
 
 @triton.jit
-def _weights(base, mask, row, column, real, base_step, mask_step, BASED: tl.constexpr, MASKED: tl.constexpr):
-    """Base weights with their sum, the losses that take part, and the rows whose base is no distribution."""
+def weigh(base, mask, row, column, real, base_step, mask_step, BASED: tl.constexpr, MASKED: tl.constexpr):
+    """Base weights, 0 where masked, and which of them no distribution has."""
     weight = tl.where(real, 1.0, 0.0).to(tl.float64)
     bad = tl.zeros_like(weight) > 0
     if BASED:
@@ -154,6 +154,13 @@ def _weights(base, mask, row, column, real, base_step, mask_step, BASED: tl.cons
         bad = ((weight >= 0.0) & (weight < float("inf"))) == 0
     if MASKED:
         weight = tl.where(tl.load(mask + row * mask_step + column, mask=real, other=0) != 0, weight, 0.0)
+    return weight, bad
+
+
+@triton.jit
+def _weights(base, mask, row, column, real, base_step, mask_step, BASED: tl.constexpr, MASKED: tl.constexpr):
+    """Base weights with their sum, the losses that take part, and the rows whose base is no distribution."""
+    weight, bad = weigh(base, mask, row, column, real, base_step, mask_step, BASED, MASKED)
     on = weight != 0.0
     weight = tl.where(bad, 0.0, weight)
     total = tl.sum(weight, 1, keep_dims=True)
