@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
+from difficulty_gdro import OnDifficulty
 from rollouts import Prompt
 from torch import Tensor
 
-from robustgrad.baselines import DifficultyBins, RolloutGDRO
+from robustgrad.baselines import RolloutGDRO
 
 
-class DifficultyRollouts:
+class DifficultyRollouts(OnDifficulty):
     """arXiv 2601.19280, its second adversary: from 2 to three times `mean` responses, `mean` on average.
 
     The mean reward of a prompt is expected to be the same for any number of responses. What falls with it is the
@@ -24,8 +24,8 @@ class DifficultyRollouts:
     """
 
     def __init__(self, solved: float, mean: int) -> None:
-        self.solved, self.bins = solved, DifficultyBins(10)
         self.gdro = RolloutGDRO(10, mean=mean, low=2, high=3 * mean)
+        super().__init__(self.gdro, solved)
 
     def responses(self, prompts: Sequence[Prompt]) -> list[int]:
         """How many to draw to each prompt of the next rollout."""
@@ -38,16 +38,6 @@ class DifficultyRollouts:
         self.gdro.update(errors.cpu().repeat_interleave(self.counts), self.bins.look_up(groups))
         self.bins.update(groups, scores <= -self.solved)
         return (self.gdro.mean / self.counts).repeat_interleave(self.counts).to(scores)
-
-    def step(self) -> None:
-        """Nothing: every rollout moves the scores."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"bins": self.bins.state_dict(), "gdro": self.gdro.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.bins.load_state_dict(state["bins"])
-        self.gdro.load_state_dict(state["gdro"])
 
     def __str__(self) -> str:
         return f"Rollout-GDRO, {self.gdro.low} to {self.gdro.high} responses, solved at {self.solved:g}"

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 try:
     import torch
     from command_line import positive
-    from difficulty_gdro import DifficultyGDRO
+    from difficulty_gdro import DifficultyGDRO, OnDifficulty
     from difficulty_rollouts import DifficultyRollouts
     from lora_policy import Policy, Responses
     from policy_run import Adversary, Iterates, RunFiles, compare_rewards, make_parser, parse, wrong_use_ends
@@ -57,7 +57,7 @@ class Experience:
         critic: nn.Module,
         rollout: Rollout,
         ppo: RobustPPO,
-        reweighter: Reweighter | DifficultyGDRO | DifficultyRollouts | None,
+        reweighter: Reweighter | OnDifficulty | None,
         args: argparse.Namespace,
     ) -> None:
         mask, rewards = rollout.mask, rollout.rewards
