@@ -65,21 +65,20 @@ def launches_of_call(ambiguity: AmbiguitySet, memory: int) -> int:
 
 def launches_by_kernels(ambiguity: AmbiguitySet, memory: int) -> list[int]:
     """Of a call within a step, and of the first of a step: in a process where Triton interprets."""
-    reweighter, counts = Reweighter(ambiguity, memory=memory), []
-    losses = torch.randn(memory)
+    reweighter, losses = Reweighter(ambiguity, memory=memory), torch.randn(memory)
     for part in losses.split(memory // 4):
         reweighter(part.requires_grad_())
         reweighter.step()
-    for _ in range(3):
+
+    def call() -> int:
         one = losses[:1].clone().requires_grad_()
-        with Launches() as counted:
+        with Launches() as launches:
             reweighter(one)
-        counts.append(counted.count)
+        return launches.count
+
+    _, _, within = call(), call(), call()
     reweighter.step()
-    one = losses[:1].clone().requires_grad_()
-    with Launches() as counted:
-        reweighter(one)
-    return [counts[-1], counted.count]
+    return [within, call()]
 
 
 def counted(memory: int) -> list[Row]:
