@@ -154,7 +154,8 @@ def _log_mean(mass: Array, x: Array) -> float:
 
 def _phi(x: Array) -> Array:
     """r log r - r + 1 at r = exp(x): non-negative, and accurate near r = 1."""
-    series = sum(x**k * (k - 1) / np.prod(np.arange(1.0, k + 1)) for k in range(2, 13))
+    near = np.where(np.abs(x) < 0.05, x, 0.0)  # powers of the others would overflow
+    series = sum(near**k * (k - 1) / np.prod(np.arange(1.0, k + 1)) for k in range(2, 13))
     return np.where(np.abs(x) < 0.05, series, np.exp(x) * (x - 1) + 1)
 
 
