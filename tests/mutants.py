@@ -32,7 +32,7 @@ FILES = [
     *sorted((ROOT / "robustgrad/ambiguity").glob("*.py")),
     *(ROOT / f"robustgrad/{name}.py" for name in ("pool", "memory", "_remembered", "window", "ratios", "reweighter")),
 ]
-NEEDS_A_GPU = re.compile("_kernel|_triton|_long_rows|_fused|__init__")
+NEEDS_A_GPU = re.compile("_kernel|_fused|__init__")
 
 # Arithmetic is exchanged with arithmetic, a comparison with its boundary and with its opposite. The rest of what
 # cosmic-ray knows raises a TypeError at once, or touches annotations, which never run.
