@@ -73,6 +73,9 @@ class MemoryPool(Pool):
     def _capacity(self) -> int:
         return self._size_asked or self.ambiguity.memory_size(self._step_size)
 
+    def _most_waiting(self) -> int:
+        return max(super()._most_waiting(), 64 * self._capacity())
+
     def _ends_unmarked(self) -> bool:
         return self._waiting() >= self._capacity() // 4
 

@@ -8,6 +8,7 @@ those that survive meet the slower ones. docs/mutation.md explains what survives
 from __future__ import annotations
 
 import argparse
+import ast
 import difflib
 import importlib
 import multiprocessing
@@ -18,6 +19,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -44,13 +46,18 @@ OPERATORS = re.compile(
     "|AddNot|NumberReplacer|ZeroIterationForLoop)$"
 )
 
-OF_SETS = ("threshold", "ambiguity_scale", "ambiguity_effort", "ambiguity_sizes")
+# Not drawn, because no answer can show them: where a search begins, from which a better place is found in any case, ...
+STARTS = {"_edge_of_sample", "bracket", "_narrow"}
+# ... and the sizes from which another way to the same answer is the quicker one.
+SIZES = {"_LONG", "_SAMPLED", "_PASSES", "_GRID_SIZE", "_GRID_SIZE_ELSEWHERE", "_MOST_STEPS"}
+
+OF_SETS = ("threshold", "ambiguity_edges", "ambiguity_scale", "ambiguity_effort", "ambiguity_sizes")
 QUICK = {
     "ambiguity": (*OF_SETS, "fuzz", "ambiguity_degenerate"),
     "robustgrad": ("pool_edges", "ratio", "window", "reweighter"),
 }
 SLOW = {
-    "ambiguity": ("memory", "kernel", "ambiguity_ways", "robust_loss", "ambiguity_laws", "compiled"),
+    "ambiguity": ("ambiguity_ways", "ambiguity_laws", "robust_loss", "memory", "compiled", "kernel"),
     "robustgrad": (
         "memory",
         "distributed",
@@ -59,9 +66,12 @@ SLOW = {
         "token_units",
         "optimizer_checkpoints",
         "faults",
+        "kernel",
     ),
 }
-LONGEST = 600.0  # seconds; a change may well make a loop endless
+# Without what takes minutes, and without the compilation of kernels, which do not change.
+WITHOUT = "not twenty and not build"
+PATIENCE = 4.0  # times what the tests take without a change, which may well make a loop endless
 
 
 @dataclass(frozen=True)
@@ -82,13 +92,33 @@ class Mutant:
 
 
 def positions(source: str) -> list[tuple[str, int]]:
-    """Every place where an operator applies, as (operator, number)."""
-    tree = get_ast(source)
-    names = [name for name in operator_names() if OPERATORS.match(name)]
-    counts = {
-        name: sum(len(list(get_operator(name)().mutation_positions(n))) for n in ast_nodes(tree)) for name in names
-    }
-    return [(name, number) for name in names for number in range(counts[name])]
+    """Every place where an operator applies and an answer may show it, as (operator, number)."""
+    tree, silent, found = get_ast(source), silent_lines(source), []
+    for name in (name for name in operator_names() if OPERATORS.match(name)):
+        operator = get_operator(name)()
+        places = [place for node in ast_nodes(tree) for place in operator.mutation_positions(node)]
+        found += [(name, number) for number, (start, _) in enumerate(places) if start[0] not in silent]
+    return found
+
+
+def silent_lines(source: str) -> set[int]:
+    """The lines of STARTS and SIZES."""
+    lines: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        names = {node.name} if isinstance(node, ast.FunctionDef) else set()
+        if isinstance(node, ast.Assign):
+            names = {name.id for target in node.targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+        if names & (STARTS if isinstance(node, ast.FunctionDef) else SIZES):
+            lines |= set(range(node.lineno, node.end_lineno + 1))
+    return lines
+
+
+def changes(source: str, mutated: str) -> bool:
+    """Whether that is another program, and one: 1e100 + 1 is 1e100, and `f(+x)` is no call with a star."""
+    try:
+        return ast.dump(ast.parse(mutated)) != ast.dump(ast.parse(source))
+    except SyntaxError:
+        return False
 
 
 def drawn(share: float, seed: int) -> Iterator[Mutant]:
@@ -97,26 +127,31 @@ def drawn(share: float, seed: int) -> Iterator[Mutant]:
             continue
         name, source = str(file.relative_to(ROOT)), file.read_text()
         places = positions(source)
-        for operator, number in random.Random(f"{seed} {name}").sample(places, max(1, round(share * len(places)))):
+        wanted = max(1, round(share * len(places)))
+        for operator, number in random.Random(f"{seed} {name}").sample(places, len(places)):
+            if not wanted:
+                break
             mutated = mutate_code(source, get_operator(operator)(), number)
-            yield Mutant(name, operator.removeprefix("core/"), number, mutated)
+            if changes(source, mutated):
+                wanted -= 1
+                yield Mutant(name, operator.removeprefix("core/"), number, mutated)
 
 
-def survives(copy: Path, mutant: Mutant, tests: tuple[str, ...]) -> bool:
+def survives(copy: Path, mutant: Mutant, tests: tuple[str, ...], longest: float) -> bool:
     file = copy / mutant.file
     original = file.read_text()
     file.write_text(mutant.source)
     try:
-        return passes(copy, tests)
+        return passes(copy, tests, longest)
     finally:
         file.write_text(original)
 
 
-def passes(copy: Path, tests: tuple[str, ...]) -> bool:
+def passes(copy: Path, tests: tuple[str, ...], longest: float | None = None) -> bool:
     child = multiprocessing.get_context("fork").Process(target=run_tests, args=(copy, tests))
     child.start()
     try:
-        child.join(LONGEST)
+        child.join(longest)
     finally:
         if child.exitcode is None:
             os.killpg(child.pid, signal.SIGKILL)
@@ -134,7 +169,7 @@ def run_tests(copy: Path, tests: tuple[str, ...]) -> None:
     import pytest
 
     files = [f"tests/test_{name}.py" for name in tests]
-    code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-k", "not twenty", *files])
+    code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-k", WITHOUT, *files])
     sys.stdout.flush()
     os._exit(code)
 
@@ -145,12 +180,15 @@ def copied(folder: str) -> Path:
 
 
 def survivors(copy: Path, mutants: list[Mutant], tests: dict[str, tuple[str, ...]]) -> Iterator[Mutant]:
+    longest = {}
     for group in {mutant.tested_by for mutant in mutants}:
+        began = time.monotonic()
         if not passes(copy, tests[group]):
             print((copy / "mutant.log").read_text()[-3000:])
             raise SystemExit(f"the tests of {group} fail without any change")
+        longest[group] = 60 + PATIENCE * (time.monotonic() - began)
     for mutant in mutants:
-        if survives(copy, mutant, tests[mutant.tested_by]):
+        if survives(copy, mutant, tests[mutant.tested_by], longest[mutant.tested_by]):
             yield mutant
         else:
             print(f"killed {mutant.file} {mutant.operator} {mutant.number}", flush=True)

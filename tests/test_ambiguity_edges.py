@@ -1,0 +1,205 @@
+"""What the sets are built from, on its edges, beside slow definitions: quantiles, shares, ranks, recipes, rules."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import FrozenInstanceError, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from robustgrad import Reweighter
+from robustgrad.ambiguity import KL, AmbiguitySet, ChiSquare, CVaR, TotalVariation
+from robustgrad.ambiguity._problem import ABYSS, Problem
+from robustgrad.ambiguity._sorted import Ranked, quantile, top_share
+
+SETS = [TotalVariation(0.3), ChiSquare(0.5), KL(0.3), CVaR(0.3)]
+PENALISED = [TotalVariation(penalty=0.5), ChiSquare(penalty=0.5), KL(temperature=0.5)]
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def slow_share(losses: list[float], weights: list[float], mass: float) -> tuple[float, list[float]]:
+    """The quantile, and how much of each loss lies in the top `mass`, one loss after the other."""
+    total, left = sum(weights), mass
+    share = [0.0] * len(losses)
+    for value in sorted({x for x, w in zip(losses, weights, strict=True) if w > 0}, reverse=True):
+        tied = [i for i, x in enumerate(losses) if x == value and weights[i] > 0]
+        here = sum(weights[i] for i in tied) / total
+        for i in tied:
+            share[i] = min(1.0, left / here)
+        left -= here
+        if left <= 1e-12:
+            break
+    return value, share
+
+
+ROWS = {
+    "ordinary": ([3.0, -1.0, 0.5, 2.0, 7.0], [0.1, 0.2, 0.1, 0.4, 0.2]),
+    "ties": ([1.0, 2.0, 2.0, 2.0, 0.0], [0.3, 0.1, 0.2, 0.1, 0.3]),
+    "of no weight": ([9.0, 1.0, 8.0, 2.0, -5.0], [0.0, 0.5, 0.0, 0.25, 0.25]),
+    "small weights": ([1.0, 4.0, 3.0, 2.0, 0.0], [0.02, 0.01, 0.03, 0.02, 0.02]),
+    "one that counts": ([1.0, 4.0, 3.0, 2.0, 0.0], [0.0, 0.0, 2.0, 0.0, 0.0]),
+    "all of one value": ([2.0] * 5, [1.0, 2.0, 3.0, 4.0, 5.0]),
+}
+
+
+@pytest.mark.parametrize("mass", [0.07, 0.31, 0.5, 0.77, 1.0])
+def test_top_shares_of_weighted_rows(mass: float) -> None:
+    """Each row alone and all at once."""
+    want = [slow_share(*row, mass) for row in ROWS.values()]
+    losses, base = (torch.tensor(column, dtype=torch.float64) for column in zip(*ROWS.values(), strict=True))
+    whole = Problem.unchecked(losses, base)
+    for i, (edge, share) in enumerate(want):
+        alone = Problem.unchecked(losses[i], base[i])
+        for found in (top_share(alone, mass), top_share(whole, mass)[i]):
+            assert found.tolist() == pytest.approx(
+                [s if w > 0 else f for s, w, f in zip(share, base[i], found.tolist(), strict=True)]
+            )
+        assert quantile(alone, mass).item() == quantile(whole, mass)[i].item() == edge
+
+
+def test_a_row_without_weight_has_a_quantile_and_no_answer() -> None:
+    """NaN, not an index out of range."""
+    worst = CVaR(0.5).solve_unchecked(torch.tensor([1.0, 2.0]), torch.zeros(2))
+    assert worst.weights.tolist() == [0.0, 0.0] and worst.ess == 0
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_share_that_ends_between_two_losses(weighted: bool) -> None:
+    """Not a hair less than nothing of the next loss, nor more than all of the last; equal weights do not round."""
+    for n in range(2, 40):
+        losses, base = torch.arange(float(n)), torch.ones(n) if weighted else None
+        for k in range(1, n):
+            ratio = CVaR(k / n).solve(losses, base=base).wide_ratio
+            assert ratio.min() >= 0.0 if weighted else (ratio[: n - k] == 0.0).all(), (n, k)
+            assert ratio.max() <= n / k * (1 + 1e-15), (n, k)
+            assert ratio[-k:] == pytest.approx(n / k) and (ratio[: n - k] <= 1e-12 * n).all(), (n, k)
+
+
+@pytest.mark.parametrize("weights", [[1.0] * 5, [0.3] * 5, *(list(w) for _, w in ROWS.values())], ids=str)
+def test_a_new_loss_among_remembered_ones(weights: list[float]) -> None:
+    """Its top share is that of the losses with it among them."""
+    losses = [1.0, 2.0, 2.0, -3.0, 0.5]
+    if weights[0] == 0.0:
+        losses[0] = 50.0  # the largest, were it to count
+    ranked = Ranked.of(torch.tensor(losses, dtype=torch.float64), torch.tensor(weights, dtype=torch.float64))
+    for new in (5.0, 2.0, 1.5, -3.0, -9.0):
+        for mass in (0.05, 0.4, 0.9, 1.0):
+            for weight in (0.25, 1.0):
+                _, share = slow_share([*losses, new], [*weights, weight], mass)
+                found = ranked.place(torch.tensor([new], dtype=torch.float64), weight).top_share(mass)
+                assert found.item() == pytest.approx(share[-1]), (new, mass, weight)
+
+
+def test_one_remembered_loss() -> None:
+    ranked = Ranked.of(torch.tensor([1.0]), torch.tensor([2.0]))
+    assert ranked.place(torch.tensor([0.0, 1.0, 2.0]), 2.0).top_share(0.5).tolist() == [0.0, 0.5, 1.0]
+
+
+def test_the_price_of_remembered_losses_of_unequal_weight() -> None:
+    """Mass leaves what lies `penalty` below the mean of the top share, and goes there."""
+    losses, weights, unit = normal(80), normal(80, seed=1).abs() / 3, 2.0
+    weights[::9] = 0.0
+    rule = TotalVariation(penalty=1.5).fit(losses, weights, unit=unit, step_size=torch.tensor(20.0))
+    _, top = slow_share(losses.tolist(), weights.tolist(), 1 / 20)
+    received = [w * s for w, s in zip(weights.tolist(), top, strict=True)]
+    edge = sum(r * x for r, x in zip(received, losses.tolist(), strict=True)) / sum(received) - 1.5 / unit
+    kept = float(weights[losses >= edge].sum() / weights.sum())
+    assert rule.masses.flatten().tolist() == pytest.approx([kept, 1 / 20])
+    assert rule.gains.flatten().tolist() == pytest.approx([1.0, (1 - kept) * 20])
+
+
+RECIPES = {
+    TotalVariation(0.0): ("plain", ()),
+    TotalVariation(1.0): ("top", (0.0, 1.0, 0.0, 0.0, 1.0)),
+    TotalVariation(0.3): ("top", (0.7, 1.0, 0.0, 0.0, 0.3)),
+    TotalVariation(0.3, cap=3.0): ("top", (0.7, 1.0, 0.15, 2.0)),
+    TotalVariation(0.9, cap=4.0): ("top", (0.25, 1.0, 0.25, 3.0)),
+    TotalVariation(penalty=0.4): ("near", (0.4,)),
+    ChiSquare(0.0): ("plain", ()),
+    ChiSquare(0.5): ("ball", (0.5,)),
+    ChiSquare(1e200): ("ball", (1e100,)),
+    ChiSquare(penalty=0.4): ("price", (0.4,)),
+    KL(0.0): ("plain", ()),
+    KL(0.5): ("tilt", (0.5,)),
+    KL(temperature=0.4): ("softmax", (0.4,)),
+    CVaR(1.0): ("plain", ()),
+    CVaR(0.4): ("top", (0.4, 2.5)),
+}
+
+
+@pytest.mark.parametrize("ambiguity", RECIPES, ids=str)
+def test_what_a_kernel_is_told(ambiguity: AmbiguitySet) -> None:
+    kind, numbers = RECIPES[ambiguity]
+    recipe = ambiguity._recipe()
+    assert recipe is not None and recipe.kind == kind and recipe.numbers == pytest.approx(numbers)
+
+
+@pytest.mark.parametrize("ambiguity", [*SETS, *PENALISED], ids=str)
+def test_sets_and_what_they_find_are_frozen_and_alike_only_to_themselves(ambiguity: AmbiguitySet) -> None:
+    """Two answers are not compared by their tensors, which has no truth."""
+    one, losses = torch.ones((), dtype=torch.float64), normal(64)
+    reweighter = Reweighter(ambiguity)
+    for _ in range(2):
+        reweighter.ratio(losses)
+        reweighter.step()
+    worst, rule = ambiguity.solve(losses), ambiguity.fit(losses, torch.ones_like(losses), unit=one, step_size=one)
+    found: list[Any] = [worst, rule, reweighter._pool._memory, Ranked.of(losses, torch.ones_like(losses))]
+    for frozen in (ambiguity, *found):
+        with pytest.raises(FrozenInstanceError):
+            frozen.anything = 1
+    for one_of_them in found:
+        assert one_of_them == one_of_them and one_of_them != replace(one_of_them) and hash(one_of_them)
+
+
+@pytest.mark.parametrize("ambiguity", [ChiSquare(0.5), KL(0.3), *PENALISED], ids=str)
+def test_a_rule_gives_remembered_losses_what_the_solver_gives(ambiguity: AmbiguitySet) -> None:
+    """Except where it stands in for the maximum; in units, a price is worth more or less."""
+    losses, unit = normal(200), 0.5
+    rule = ambiguity.fit(losses, torch.ones_like(losses), unit=unit, step_size=torch.ones((), dtype=torch.float64))
+    if not isinstance(ambiguity, TotalVariation):
+        torch.testing.assert_close(rule.ratio(losses, 1.0), ambiguity.solve(unit * losses).wide_ratio)
+        beyond = torch.cat((losses, losses.max() + torch.tensor([1.0, 1e6])))
+        assert (rule.ratio(beyond, 1.0)[-2:] == rule.ratio(losses, 1.0).max()).all()  # as the largest remembered
+
+
+def test_no_new_loss_gets_more_than_a_hundredfold() -> None:
+    rule = KL(20.0).fit(normal(512), torch.ones(512), unit=1.0, step_size=torch.ones(()))
+    assert rule.ratio(torch.tensor([99.0], dtype=torch.float64), 1.0).item() == 100.0
+
+
+def test_a_pool_that_saturates_any_radius() -> None:
+    assert KL(1e4).saturating_size == math.exp(700)
+    assert TotalVariation(1.0, cap=1e18).saturating_size == math.inf
+
+
+def test_where_minus_infinity_stands_there_is_room_for_sums_of_squares() -> None:
+    """In float32 over the longest row that a kernel takes; and finite losses look tied from there."""
+    assert (torch.full((4096,), ABYSS, dtype=torch.float32).square().sum()).isfinite()
+    assert 1 / torch.finfo(torch.float32).eps ** 1.5 < ABYSS
+
+
+@pytest.mark.parametrize("ambiguity", PENALISED, ids=str)
+def test_a_price_over_losses_as_far_apart_as_numbers_go(ambiguity: AmbiguitySet) -> None:
+    """A thousand of the lowest and one of the highest: their sums overflow nowhere."""
+    largest = torch.finfo(torch.float64).max
+    losses = torch.full((1001,), -largest, dtype=torch.float64)
+    losses[7] = largest
+    for base in (None, torch.ones(1001, dtype=torch.float64)):
+        worst = ambiguity.solve(losses, base=base)
+        assert worst.wide_ratio[7] == pytest.approx(1001) and worst.wide_ratio.sum() == pytest.approx(1001)
+
+
+@pytest.mark.parametrize("ambiguity", [*SETS, *PENALISED], ids=str)
+def test_what_is_left_out_has_ratio_zero_in_every_row_and_dimension(ambiguity: AmbiguitySet) -> None:
+    losses, mask = normal(2, 3, 5), torch.arange(5) != 2
+    worst = ambiguity.solve(losses, mask=mask)
+    assert (worst.ratio[..., 2] == 0).all() and worst.mean.shape == worst.value.shape == worst.ess.shape == (2, 3)
+    alone = ambiguity.solve(losses[..., mask])
+    for name in ("value", "mean", "divergence", "ess", "max_ratio", "threshold"):
+        torch.testing.assert_close(getattr(worst, name), getattr(alone, name))
