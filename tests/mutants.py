@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -54,24 +55,26 @@ SIZES = {"_LONG", "_SAMPLED", "_PASSES", "_GRID_SIZE", "_GRID_SIZE_ELSEWHERE", "
 OF_SETS = ("threshold", "ambiguity_edges", "ambiguity_scale", "ambiguity_effort", "ambiguity_sizes")
 QUICK = {
     "ambiguity": (*OF_SETS, "fuzz", "ambiguity_degenerate"),
-    "robustgrad": ("pool_edges", "ratio", "window", "reweighter"),
+    "robustgrad": ("pool_edges", "ratio", "window", "reweighter", "memory"),
 }
+# The last of each start processes of their own.
 SLOW = {
     "ambiguity": ("ambiguity_ways", "ambiguity_laws", "robust_loss", "memory", "compiled", "kernel"),
     "robustgrad": (
-        "memory",
-        "distributed",
-        "schedule",
         "prompt_groups",
+        "schedule",
         "token_units",
         "optimizer_checkpoints",
-        "faults",
         "kernel",
+        "faults",
+        "distributed",
     ),
 }
 # Without what takes minutes, and without the compilation of kernels, which do not change.
 WITHOUT = "not twenty and not build"
-PATIENCE = 4.0  # times what the tests take without a change, which may well make a loop endless
+# A change may well make a loop endless, or a tensor double in it.
+PATIENCE = 4.0  # times what the tests take without a change
+MOST_MEMORY = 6 * 2**30
 
 
 @dataclass(frozen=True)
@@ -93,24 +96,30 @@ class Mutant:
 
 def positions(source: str) -> list[tuple[str, int]]:
     """Every place where an operator applies and an answer may show it, as (operator, number)."""
-    tree, silent, found = get_ast(source), silent_lines(source), []
+    tree, silent, found = get_ast(source), silences(source), []
     for name in (name for name in operator_names() if OPERATORS.match(name)):
         operator = get_operator(name)()
         places = [place for node in ast_nodes(tree) for place in operator.mutation_positions(node)]
-        found += [(name, number) for number, (start, _) in enumerate(places) if start[0] not in silent]
+        heard = (n for n, (begin, _) in enumerate(places) if not any(low <= begin < high for low, high in silent))
+        found += [(name, number) for number in heard]
     return found
 
 
-def silent_lines(source: str) -> set[int]:
-    """The lines of STARTS and SIZES."""
-    lines: set[int] = set()
-    for node in ast.walk(ast.parse(source)):
-        names = {node.name} if isinstance(node, ast.FunctionDef) else set()
-        if isinstance(node, ast.Assign):
-            names = {name.id for target in node.targets for name in ast.walk(target) if isinstance(name, ast.Name)}
-        if names & (STARTS if isinstance(node, ast.FunctionDef) else SIZES):
-            lines |= set(range(node.lineno, node.end_lineno + 1))
-    return lines
+def silences(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Where STARTS and SIZES are, and comparisons with a size, each from and to a (line, column)."""
+    return [
+        ((node.lineno, node.col_offset), (node.end_lineno, node.end_col_offset))
+        for node in ast.walk(ast.parse(source))
+        if is_silent(node)
+    ]
+
+
+def is_silent(node: ast.AST) -> bool:
+    if isinstance(node, ast.keyword):
+        return node.arg == "strict"  # of a zip, whose lengths are equal in any case
+    if isinstance(node, ast.Assign | ast.Compare):
+        return any(isinstance(name, ast.Name) and name.id in SIZES for name in ast.walk(node))
+    return isinstance(node, ast.FunctionDef) and node.name in STARTS
 
 
 def changes(source: str, mutated: str) -> bool:
@@ -161,6 +170,7 @@ def passes(copy: Path, tests: tuple[str, ...], longest: float | None = None) -> 
 
 def run_tests(copy: Path, tests: tuple[str, ...]) -> None:
     os.setsid()  # so that whatever the tests start ends with them
+    resource.setrlimit(resource.RLIMIT_DATA, (MOST_MEMORY, MOST_MEMORY))
     os.chdir(copy)
     os.environ.update(PYTHONPATH=str(copy), PYTHONDONTWRITEBYTECODE="1", OMP_NUM_THREADS="1")
     sys.path[0] = str(copy)
@@ -186,7 +196,7 @@ def survivors(copy: Path, mutants: list[Mutant], tests: dict[str, tuple[str, ...
         if not passes(copy, tests[group]):
             print((copy / "mutant.log").read_text()[-3000:])
             raise SystemExit(f"the tests of {group} fail without any change")
-        longest[group] = 60 + PATIENCE * (time.monotonic() - began)
+        longest[group] = 30 + PATIENCE * (time.monotonic() - began)
     for mutant in mutants:
         if survives(copy, mutant, tests[mutant.tested_by], longest[mutant.tested_by]):
             yield mutant

@@ -14,6 +14,7 @@ from robustgrad import Reweighter
 from robustgrad.ambiguity import KL, AmbiguitySet, ChiSquare, CVaR, TotalVariation
 from robustgrad.ambiguity._problem import ABYSS, Problem
 from robustgrad.ambiguity._sorted import Ranked, quantile, top_share
+from robustgrad.ambiguity.groups import group_means, group_slots
 
 SETS = [TotalVariation(0.3), ChiSquare(0.5), KL(0.3), CVaR(0.3)]
 PENALISED = [TotalVariation(penalty=0.5), ChiSquare(penalty=0.5), KL(temperature=0.5)]
@@ -203,3 +204,64 @@ def test_what_is_left_out_has_ratio_zero_in_every_row_and_dimension(ambiguity: A
     alone = ambiguity.solve(losses[..., mask])
     for name in ("value", "mean", "divergence", "ess", "max_ratio", "threshold"):
         torch.testing.assert_close(getattr(worst, name), getattr(alone, name))
+
+
+REFUSED = {
+    "radius": [lambda: TotalVariation(-0.5), lambda: TotalVariation(1.5), lambda: ChiSquare(-0.5), lambda: KL(-0.5),
+               lambda: TotalVariation.from_l1(-0.5), lambda: TotalVariation.from_l1(2.5),
+               lambda: ChiSquare.from_unhalved(-0.5)],
+    "penalty": [lambda: TotalVariation(penalty=0.0), lambda: TotalVariation(penalty=-0.5),
+                lambda: ChiSquare(penalty=0.0), lambda: ChiSquare(penalty=-0.5)],
+    "temperature": [lambda: KL(temperature=0.0), lambda: KL(temperature=-0.5)],
+    "cap": [lambda: TotalVariation(0.1, cap=1.0), lambda: TotalVariation(0.1, cap=0.5)],
+    "alpha": [lambda: CVaR(0.0), lambda: CVaR(-0.5), lambda: CVaR(1.5)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_numbers_beyond_their_range_are_refused(name: str) -> None:
+    for made in REFUSED[name]:
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            made()
+
+
+def test_numbers_at_the_end_of_their_range_are_taken() -> None:
+    for made in (TotalVariation(0.0), TotalVariation(1.0), TotalVariation(0.5, cap=1.01), CVaR(1.0), ChiSquare(0.0)):
+        assert made.solve(torch.tensor([1.0, 2.0])).ratio.mean() == pytest.approx(1.0)
+    assert TotalVariation.from_l1(0.0) == TotalVariation(0.0)
+    assert ChiSquare(penalty=0.01).solve(torch.tensor([1.0, 2.0])).ratio.tolist() == [0.0, 2.0]
+
+
+@pytest.mark.parametrize("ambiguity", [*SETS, *PENALISED], ids=str)
+def test_what_was_given_is_left_as_it_was(ambiguity: AmbiguitySet) -> None:
+    losses, base = normal(9), normal(9, seed=1).abs()
+    losses[3] = -torch.inf
+    kept = losses.clone(), base.clone()
+    ambiguity.solve(losses, base=base, mask=torch.arange(9) > 1)
+    ambiguity.fit(losses[:3], base[:3], unit=1.0, step_size=torch.ones(()))
+    assert torch.equal(losses, kept[0]) and torch.equal(base, kept[1])
+
+
+@pytest.mark.parametrize("ambiguity", [*SETS, *PENALISED], ids=str)
+def test_a_base_that_is_no_distribution_spoils_its_row_alone(ambiguity: AmbiguitySet) -> None:
+    base = torch.tensor([[1.0, -0.5, 1.0], [1.0, torch.inf, 1.0], [1.0, torch.nan, 1.0], [0.5, 0.25, 0.125]])
+    ratio = ambiguity.solve_unchecked(normal(3).expand(4, 3), base).ratio
+    assert ratio[:3].isnan().all() and ratio[3].isfinite().all()
+    torch.testing.assert_close(ratio[3], ambiguity.solve(normal(3), base=base[3]).ratio)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_means_of_groups(weighted: bool) -> None:
+    """Of any ids in any order; what has no weight counts for nothing, whatever it is."""
+    losses, groups = normal(40), torch.randint(-4, 9, (40,), generator=torch.Generator().manual_seed(5)) * 1000
+    groups[7], weight = 123, normal(40, seed=2).abs() / 2
+    weight[7], weight[::6], losses[6] = 0.0, 0.0, torch.nan
+    losses[6] = 1e9 if not weighted else torch.nan
+    found = group_means(losses, groups, weight if weighted else None)
+    counted = weight if weighted else torch.ones(40)
+    for i, group in enumerate(groups.tolist()):
+        mine = [j for j in range(40) if groups[j] == group and counted[j] > 0]
+        total = sum(float(counted[j]) for j in mine)
+        want = sum(float(counted[j] * losses[j]) for j in mine) / total if mine else 0.0
+        assert found[i].item() == pytest.approx(want), group
+    assert group_slots(groups).tolist() == [sorted(set(groups.tolist())).index(g) for g in groups.tolist()]
