@@ -66,8 +66,16 @@ def test_top_shares_of_weighted_rows(mass: float) -> None:
 
 def test_a_row_without_weight_has_a_quantile_and_no_answer() -> None:
     """NaN, not an index out of range."""
-    worst = CVaR(0.5).solve_unchecked(torch.tensor([1.0, 2.0]), torch.zeros(2))
-    assert worst.weights.tolist() == [0.0, 0.0] and worst.ess == 0
+    for n in (1, 2, 5):
+        worst = CVaR(0.5).solve_unchecked(torch.arange(float(n)), torch.zeros(n))
+        assert worst.weights.tolist() == [0.0] * n and worst.ess == 0
+
+
+@pytest.mark.parametrize("ambiguity", [TotalVariation(0.0), TotalVariation(0.0, cap=2.0)], ids=str)
+def test_nothing_moves_in_a_ball_without_radius(ambiguity: TotalVariation) -> None:
+    rule = ambiguity.fit(normal(64), torch.ones(64), unit=1.0, step_size=torch.tensor(8.0))
+    torch.testing.assert_close(rule.ratio(normal(5, seed=1), 1.0), torch.ones(5, dtype=torch.float64))
+    assert ambiguity.memory_size(8) == 512 and ambiguity.saturating_size == 1.0
 
 
 @pytest.mark.parametrize("weighted", [False, True])
