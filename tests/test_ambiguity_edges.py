@@ -245,6 +245,7 @@ def test_what_was_given_is_left_as_it_was(ambiguity: AmbiguitySet) -> None:
     losses, base = normal(9), normal(9, seed=1).abs()
     losses[3] = -torch.inf
     kept = losses.clone(), base.clone()
+    ambiguity.solve(losses)
     ambiguity.solve(losses, base=base, mask=torch.arange(9) > 1)
     ambiguity.fit(losses[:3], base[:3], unit=1.0, step_size=torch.ones(()))
     assert torch.equal(losses, kept[0]) and torch.equal(base, kept[1])

@@ -145,6 +145,24 @@ def test_equal_losses_are_told_from_those_that_differ_by_more_than_rounding() ->
             assert bool(reweighter.metrics()["plain"]) is plain, (level, difference)
 
 
+def test_a_masked_loss_beside_equal_ones_says_nothing() -> None:
+    reweighter = Reweighter(CVaR(0.5))
+    for _ in range(2):
+        reweighter.ratio(torch.tensor([2.0] * 80 + [5.0, torch.nan]), mask=torch.arange(82) < 80)
+        reweighter.step()
+    reweighter.ratio(draws(8))
+    assert reweighter.metrics()["plain"]
+
+
+def test_a_loss_that_is_not_finite_beside_a_memory_shows_in_no_metric_but_its_own() -> None:
+    reweighter, losses = Reweighter(KL(0.1)), draws(70)
+    reweighter.ratio(losses)
+    reweighter.step()
+    reweighter.ratio(torch.cat((losses[:5], torch.tensor([torch.nan]))))
+    found = reweighter.metrics()
+    assert found.pop("nonfinite") == 1 and all(number.isfinite() for number in found.values())
+
+
 def test_calls_lie_one_after_the_other_in_a_room() -> None:
     """So that a replayed graph finds them; where the room is too small, the step is joined from its calls."""
     room, cpu, step = Room(), torch.device("cpu"), []
