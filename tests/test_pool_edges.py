@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
@@ -175,3 +177,25 @@ def test_calls_lie_one_after_the_other_in_a_room() -> None:
         assert torch.equal(room.seen(step), want)
         if len(step) < 4:  # 512 at first
             assert room.used == want.shape[1] and room.seen(step).data_ptr() == step[0].scores.data_ptr()
+
+
+def test_a_batch_of_one_is_plain_and_of_two_is_not() -> None:
+    for n in (1, 2):
+        reweighter = Reweighter(TotalVariation(0.1), pool="batch")
+        with pytest.warns(UserWarning, match="batch pool") if n == 1 else contextlib.nullcontext():
+            reweighter.ratio(draws(n))
+        assert bool(reweighter.metrics()["plain"]) is (n == 1)
+
+
+def test_what_waits_and_what_is_remembered_follow_the_model() -> None:
+    """To the same device here, by copies; before there is a memory too."""
+    reweighter, cpu = Reweighter(CVaR(0.5)), torch.device("cpu")
+    reweighter.ratio(draws(70))
+    reweighter._pool._move(cpu)
+    reweighter.step()
+    reweighter.ratio(draws(8))
+    before = reweighter._pool._memory
+    reweighter._pool._move(cpu)
+    after = reweighter._pool._memory
+    assert after is not before and torch.equal(after.samples.scores, before.samples.scores)
+    assert reweighter.metrics()["pool_size"] == 70
