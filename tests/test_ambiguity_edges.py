@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from robustgrad import Reweighter
-from robustgrad.ambiguity import KL, AmbiguitySet, ChiSquare, CVaR, TotalVariation
+from robustgrad.ambiguity import KL, AmbiguitySet, ChiSquare, CVaR, TotalVariation, _problem
 from robustgrad.ambiguity._problem import ABYSS, Problem
 from robustgrad.ambiguity._sorted import Ranked, quantile, top_share
 from robustgrad.ambiguity.groups import group_means, group_slots
@@ -275,3 +275,18 @@ def test_means_of_groups(weighted: bool) -> None:
         want = sum(float(counted[j] * losses[j]) for j in mine) / total if mine else 0.0
         assert found[i].item() == pytest.approx(want), group
     assert group_slots(groups).tolist() == [sorted(set(groups.tolist())).index(g) for g in groups.tolist()]
+
+
+@pytest.mark.parametrize("ambiguity", [*SETS, *PENALISED], ids=str)
+def test_weights_that_may_not_be_looked_at_are_not_taken_for_equal(
+    ambiguity: AmbiguitySet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses, weights, new = normal(80), normal(80, seed=1).abs(), normal(9, seed=2)
+
+    def ratio() -> Tensor:
+        step_size = torch.tensor(8.0, dtype=torch.float64)
+        return ambiguity.fit(losses, weights, unit=1.0, step_size=step_size).ratio(new, 1.0)
+
+    looked = ratio()
+    monkeypatch.setattr(_problem, "readable", lambda tensor: False)
+    torch.testing.assert_close(ratio(), looked)
