@@ -44,6 +44,7 @@ def test_a_pool_this_small_is_its_maximum_and_a_larger_one_is_not(ambiguity: Amb
         (TotalVariation(0.1), 8, 512),
         (TotalVariation(0.1), 50, 800),
         (TotalVariation(0.1), 64, 1024),
+        (TotalVariation(0.1), 100, 1024),
         (TotalVariation(0.1), 0, 512),
         (TotalVariation(0.1, cap=11.0), 8, 1600),
         (TotalVariation(penalty=1.0), 64, 1024),

@@ -168,6 +168,7 @@ def test_a_loss_that_is_not_finite_beside_a_memory_shows_in_no_metric_but_its_ow
 def test_calls_lie_one_after_the_other_in_a_room() -> None:
     """So that a replayed graph finds them; where the room is too small, the step is joined from its calls."""
     room, cpu, step = Room(), torch.device("cpu"), []
+    assert Room().take(1, cpu).shape == (3, 1)
     for n in (300, 0, 212, 1, 900):
         lanes = room.take(n, cpu)
         assert lanes.shape == (3, n)
