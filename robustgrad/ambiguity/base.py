@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from . import _kernel
+from . import _kernel, _one_row
 from ._problem import Problem
 from ._transformed import Transformed, transformed
 
@@ -152,9 +152,13 @@ class AmbiguitySet(ABC):
             asked = Asked.of(losses, base, mask)
             ratio = Transformed.apply(self._wide_ratio, *asked)  # type: ignore[no-untyped-call]  # torch leaves it untyped
             return WorstCase(self, asked, ratio)
-        if _kernel.solves(losses) and (recipe := self._recipe()) and _kernel.takes(recipe, losses):
+        recipe = self._recipe()
+        if recipe is not None:
             asked = Asked.of(losses, base, mask)
-            return WorstCase(self, asked, _kernel.solve(recipe, *asked))
+            if _kernel.solves(losses) and _kernel.takes(recipe, losses):
+                return WorstCase(self, asked, _kernel.solve(recipe, *asked))
+            if base is None and mask is None and (ratio := _one_row.solve(recipe, asked.losses)) is not None:
+                return WorstCase(self, asked, ratio)
         problem = Problem.unchecked(losses, base, mask)
         return WorstCase(self, problem, problem.finish(self._worst_case(problem)))
 
