@@ -110,6 +110,22 @@ def test_weighted_long_rows_are_optimal(ambiguity: AmbiguitySet) -> None:
     laws.assert_optimal(comparing.alone, ambiguity, case)
 
 
+@each_typical
+def test_a_long_row_whose_sample_has_no_weight(ambiguity: AmbiguitySet) -> None:
+    n = _elimination.LONG
+    base = torch.where(torch.arange(n) % _elimination.stride(n) == 0, 0.0, normal(n, seed=3).square())
+    laws.assert_optimal(comparing.alone, ambiguity, Case("weights beside the sample", normal(n), base))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@each_typical
+def test_a_long_row_without_an_answer(ambiguity: AmbiguitySet, bad: float) -> None:
+    losses = normal(_elimination.LONG)
+    losses[5] = bad
+    for given in (losses, losses.float(), losses.expand(2, -1)):
+        assert ambiguity.solve(given).ratio.isnan().all()
+
+
 @pytest.mark.parametrize("shape", [(5, _elimination._SEVERAL), (2, 3, _elimination._SEVERAL), (70, 64)])
 @each_typical
 def test_rows_are_independent_to_the_bit(ambiguity: AmbiguitySet, shape: tuple[int, ...]) -> None:

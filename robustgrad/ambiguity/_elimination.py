@@ -7,8 +7,7 @@ Rows are numpy's here: it computes on short ones at half the cost of a call of t
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -32,8 +31,7 @@ _CANCELLED = 1e-3  # share of a sum of squares below which what is left of a dif
 _EPS, _TINY = torch.finfo(torch.float64).eps, torch.finfo(torch.float64).tiny
 
 
-@dataclass(frozen=True, eq=False)
-class _Left:
+class _Left(NamedTuple):
     """What is not discarded yet of a row: losses given by their distance from a centre, none above it.
 
     Losses above the centre are known to be active: only the sums over them are kept.
@@ -117,8 +115,9 @@ def line_of_row(drop: Array, base: Array | None, limit: Limit) -> Line:
         found = line_of_long_row(drop, limit) if base is None else _line_of_long_weighted_row(drop, base, limit)
     found = found or _eliminate(_Left.row(drop, base), limit)
     if found is None:
-        found = scan(torch.from_numpy(drop), None if base is None else torch.from_numpy(base), limit)
-    return Line(*(float(part) for part in found))
+        scanned = scan(torch.from_numpy(drop), None if base is None else torch.from_numpy(base), limit)
+        found = Line(*(float(part) for part in scanned))
+    return found
 
 
 def line_of_long_row(losses: Given, limit: Limit) -> Line | None:
@@ -155,7 +154,7 @@ def _zero_of_sample(losses: Given, base: Array | None, limit: Limit) -> tuple[fl
     step = stride(len(losses))
     some, share = losses[::step].astype(np.float64), None if base is None else base[::step]
     top = float(some.max())
-    found = _eliminate(_Left.row(some - top, None if share is None else share / share.sum()), limit)
+    found = _eliminate(_Left.row(some - top, None if share is None else share / max(share.sum(), _TINY)), limit)
     if found is None:
         return top, math.inf
     active = np.count_nonzero(some - top >= found.least)

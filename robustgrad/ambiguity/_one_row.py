@@ -62,7 +62,8 @@ def _top_share(given: Given, mass: float, gain: float) -> Array:
     edge = np.partition(given, n - k)[n - k]
     above, tied = given > edge, given == edge
     share = (mass * n - np.count_nonzero(above)) / np.count_nonzero(tied)
-    ratio: Array = above * gain
+    # Without a product where there is none.
+    ratio: Array = above.astype(np.float64) if gain == 1.0 else above * gain
     ratio[tied] = gain * min(max(share, 0.0), 1.0)
     return ratio
 
