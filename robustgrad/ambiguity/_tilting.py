@@ -17,7 +17,8 @@ from ._problem import Problem
 _GRID_SIZE, _GRID_SIZE_ELSEWHERE = 2**11, 2**18
 _NEWTON_STEPS = 5  # from a bracket that was narrowed
 _MOST_STEPS = 60  # from one that was not; ordinary losses need about 5
-_SETTLED = 1e-5  # the error that is left after a step is about a tenth of its square
+_SETTLED = 1e-7  # a step so small squares to nothing
+_NOTHING = 1e-11  # the step that would follow, as steps shrink with their square
 _LOG2_E = 1 / math.log(2)
 _TALLEST = 30.0  # exponent of the maximum when the losses are centred below it
 _TINY = torch.finfo(torch.float64).tiny
@@ -80,14 +81,16 @@ def newton_of_one(curve: Curve, guess: float | None = None) -> float:
     goal = math.log(curve.radius) - math.log(left)
     low, high, u = curve.bracket(left)
     u = u if guess is None else min(max(math.log(guess), low), high)
+    before = 0.0
     for _ in range(_MOST_STEPS):
         h, slope = curve.at(math.exp(u))
         low, high = (u, high) if h < goal else (low, u)
         step = (goal - h) / slope if slope > 0.0 else math.inf
         newton = u + step
         u = newton if low <= newton <= high else (low + high) / 2
-        if abs(step) <= _SETTLED:
+        if abs(step) <= _SETTLED or step * step * abs(step) <= _NOTHING * before * before:
             break
+        before = step if u == newton else 0.0
     return math.exp(u)
 
 
