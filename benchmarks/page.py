@@ -35,8 +35,8 @@ cores the times are too long, though all contestants suffer alike.
 """
 
 GPU = """On CUDA tensors one Triton kernel launch solves rows of up to 4096 losses
-(`robustgrad/ambiguity/_triton_rows.py`). Longer rows take a fixed number of passes over the losses, each one launch,
-without a sort (`_triton_long.py`): 3 where the threshold is known beforehand (a penalty of total variation, a
+(`robustgrad/ambiguity/_triton/rows.py`). Longer rows take a fixed number of passes over the losses, each one launch,
+without a sort (`_triton/long_rows.py`): 3 where the threshold is known beforehand (a penalty of total variation, a
 temperature); 28 for a KL radius; otherwise 8 to 10 for bfloat16, 12 to 14 for float32, 20 to 22 for float64. Passes
 that come after the answer is found read no losses. CI compares the kernels with the torch path in Triton's
 interpreter and compiles them to machine code for sm_80 and sm_90 (`tests/test_kernel.py`). Not measured: how long any
@@ -149,7 +149,7 @@ POOL = """`fit`: once an optimizer step. `ratio`: of one and of eight new losses
 its hook and its share of the commit and fit.
 """
 LAUNCHES = """What one call launches on an accelerator, counted without one. `by torch`: its own operations, of a
-call within a step. `by kernels`: the Triton kernels (`robustgrad/ambiguity/_triton_memory.py`), in Triton's
+call within a step. `by kernels`: the Triton kernels (`robustgrad/ambiguity/_triton/memory_meet.py`), in Triton's
 interpreter; the first call of a step takes the step before into the memory. A call of 64 samples or more takes one
 launch more. The gradient's product with the ratio, in the backward pass, comes to all of them. Nothing waits for the
 host, and a CUDA graph of a training step takes the memory along: replayed launch by launch in the interpreter, it goes

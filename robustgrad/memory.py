@@ -73,6 +73,9 @@ class MemoryPool(Pool):
     def _capacity(self) -> int:
         return self._size_asked or self.ambiguity.memory_size(self._step_size)
 
+    def _most_waiting(self) -> int:
+        return max(super()._most_waiting(), 64 * self._capacity())
+
     def _ends_unmarked(self) -> bool:
         return self._waiting() >= self._capacity() // 4
 
@@ -120,7 +123,7 @@ class MemoryPool(Pool):
         return ratio.masked_fill(~sound, torch.nan).masked_fill(weight == 0, 0.0)
 
     def quick_ratio(self, given: Given, nonfinite: Tensor) -> Tensor | None:
-        if self._memory is None or not given.losses.is_floating_point() or not kernel.runs(given.losses):
+        if self._memory is None or not given.losses.is_floating_point() or not kernel.reaches(given.losses):
             return None
         alone = len(given.losses) >= ENOUGH and self.ranks.group is None
         if len(given.losses) == 0 or given.groups is not None or (alone and given.scores is not None):

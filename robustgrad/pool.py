@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import _state_checks
 from .ambiguity import AmbiguitySet, WorstCase
+from .ambiguity.base import effective_size
 from .distributed import Ranks
 from .samples import Given, Samples
 from .schedule import Constant, Schedule
@@ -100,7 +101,7 @@ class Pool(ABC):
         if not self.expects_steps:
             return self._ends_unmarked()
         waiting = self._waiting()
-        if waiting < max(_FORGOTTEN, 64 * self._capacity()):
+        if waiting < self._most_waiting():
             return False
         remedy = "Call step() of the RobustOptimizer, or reweighter.step(), after each optimizer step."
         if self.ranks.group is not None:
@@ -115,9 +116,9 @@ class Pool(ABC):
     def _waiting(self) -> int:
         return sum(len(samples.scores) for samples in self._step)
 
-    def _capacity(self) -> int:
-        """How many losses are remembered."""
-        return 0
+    def _most_waiting(self) -> int:
+        """How many losses an optimizer step is waited for."""
+        return _FORGOTTEN
 
     def _ends_unmarked(self) -> bool:
         return True
@@ -129,8 +130,6 @@ class Pool(ABC):
         step = Samples.join(self._step).counted()
         weight, pool = step.weights, self._competing()
         ratio = torch.where(weight > 0, cast(Tensor, step.ratio), 0.0)
-        scaled = weight * ratio
-        squares = scaled.square().sum()
         return {
             "value": pool.value,
             "mean": pool.mean,
@@ -139,7 +138,7 @@ class Pool(ABC):
             "threshold": pool.threshold,
             "cap": pool.max_ratio,
             "pool_size": self._size(),
-            "ess": scaled.sum().square() / torch.where(squares == 0, 1.0, squares),
+            "ess": effective_size(weight * ratio),
             "max_ratio": ratio.max(),
             "plain": self._plain(),
         }

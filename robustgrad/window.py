@@ -69,10 +69,12 @@ class WindowPool(SolvedPool):
 
 def _comes_later(samples: Samples, queue: list[Samples]) -> bool:
     """Whether these are, but for rounding, the losses of another surveyed call and not of the next one."""
-    scale = samples.scores.abs().amax().clamp_min(1.0) if len(samples.scores) else torch.ones(())
+    if len(samples.scores) == 0:
+        return False
     same_size = [call.scores for call in queue if len(call.scores) == len(samples.scores)]
-    apart = (torch.stack(same_size) - samples.scores).abs().amax(-1) / scale if len(samples.scores) else None
-    return apart is not None and bool((apart[0] > _OTHER) & (apart[1:] < _SAME).any())
+    scale = samples.scores.abs().amax().clamp_min(1.0)
+    apart = (torch.stack(same_size) - samples.scores).abs().amax(-1) / scale
+    return bool((apart[0] > _OTHER) & (apart[1:] < _SAME).any())
 
 
 @contextmanager
@@ -103,10 +105,10 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _replay(model: nn.Module) -> Iterator[None]:
     """What is drawn and counted inside is drawn and counted once more afterwards, from the same start."""
-    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+    devices = {parameter.device.index for parameter in model.parameters() if parameter.is_cuda}
     counted = [m for m in model.modules() if getattr(m, "track_running_stats", False)]
     before = [buffer.clone() for module in counted for buffer in module.buffers(recurse=False)]
-    with torch.random.fork_rng(devices=sorted(device.index or 0 for device in devices)):
+    with torch.random.fork_rng(devices=sorted(devices)):
         try:
             yield
         finally:

@@ -5,6 +5,8 @@ The process must have ROBUSTGRAD_KERNEL from the start: cpp, or triton and TRITO
 
 from __future__ import annotations
 
+import importlib
+
 import comparing
 import inputs
 import laws
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 
 from robustgrad import robust_loss
-from robustgrad.ambiguity import KL, AmbiguitySet, ChiSquare, CVaR, TotalVariation, _kernel, _long_rows
+from robustgrad.ambiguity import KL, AmbiguitySet, ChiSquare, CVaR, TotalVariation, _kernel
 from robustgrad.ambiguity._problem import Problem
 
 # The interpreter computes with numpy, which warns of divisions by a zero whose result is not used.
@@ -42,15 +44,14 @@ of_triton = pytest.mark.skipif(not _kernel._INTERPRETED, reason="the C++ kernel 
 
 @pytest.fixture(autouse=True)
 def one_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    share_out(2**15, monkeypatch)  # Numpy is quicker with large arrays.
+    share_out(2**15, "rows", monkeypatch)  # Numpy is quicker with large arrays.
 
 
-def share_out(losses: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def share_out(losses: int, rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """So many losses to a program of Triton."""
     if _kernel._INTERPRETED:
-        from robustgrad.ambiguity import _triton
-
-        monkeypatch.setattr(_triton, "_TILE", losses)
+        launches = importlib.import_module(f"robustgrad.ambiguity._triton.launch_{rows}")
+        monkeypatch.setattr(launches, "_TILE", losses)
 
 
 def by_torch(ambiguity: AmbiguitySet, losses: Tensor, base: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -99,7 +100,7 @@ def test_rows_without_base_or_mask(ambiguity: AmbiguitySet) -> None:
 @each_typical
 def test_shapes_and_dtypes(ambiguity: AmbiguitySet, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows over several programs, leading dimensions, strides, a base and a mask of all rows."""
-    share_out(2**8, monkeypatch)
+    share_out(2**8, "rows", monkeypatch)
     losses = torch.randn(2, 9, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
     base, mask = torch.linspace(1, 2, 40, dtype=dtype), torch.arange(40) % 7 > 0
     assert_parity(ambiguity, losses, base, mask)
@@ -127,7 +128,7 @@ def long_rows(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.fixture
 def one_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_long_rows, "_TILE", 2**12)
+    share_out(2**12, "long_rows", monkeypatch)
 
 
 @pytest.mark.usefixtures("one_block")
@@ -145,7 +146,7 @@ def test_long_rows_of_every_type(ambiguity: AmbiguitySet, dtype: torch.dtype) ->
 
 
 def test_long_rows_over_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_long_rows, "_TILE", 2**9)
+    share_out(2**9, "long_rows", monkeypatch)
     losses = torch.randn(9000, generator=torch.Generator().manual_seed(1)).bfloat16()
     for ambiguity in (TotalVariation(0.3, cap=2.0), ChiSquare(0.5), KL(2.0)):
         assert_parity(ambiguity, losses, None, None)

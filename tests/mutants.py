@@ -8,16 +8,19 @@ those that survive meet the slower ones. docs/mutation.md explains what survives
 from __future__ import annotations
 
 import argparse
+import ast
 import difflib
 import importlib
 import multiprocessing
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,7 +35,7 @@ FILES = [
     *sorted((ROOT / "robustgrad/ambiguity").glob("*.py")),
     *(ROOT / f"robustgrad/{name}.py" for name in ("pool", "memory", "_remembered", "window", "ratios", "reweighter")),
 ]
-NEEDS_A_GPU = re.compile("_kernel|_triton|_long_rows|_fused|__init__")
+NEEDS_A_GPU = re.compile("_kernel|_fused|__init__")
 
 # Arithmetic is exchanged with arithmetic, a comparison with its boundary and with its opposite. The rest of what
 # cosmic-ray knows raises a TypeError at once, or touches annotations, which never run.
@@ -44,24 +47,34 @@ OPERATORS = re.compile(
     "|AddNot|NumberReplacer|ZeroIterationForLoop)$"
 )
 
-OF_SETS = ("threshold", "ambiguity_scale", "ambiguity_effort", "ambiguity_sizes")
+# Not drawn, because no answer can show them: where a search begins, from which a better place is found in any case, ...
+STARTS = {"_edge_of_sample", "bracket", "_narrow"}
+# ... and the sizes from which another way to the same answer is the quicker one.
+SIZES = {"_LONG", "_SAMPLED", "_PASSES", "_GRID_SIZE", "_GRID_SIZE_ELSEWHERE", "_MOST_STEPS"}
+
+OF_SETS = ("threshold", "ambiguity_edges", "ambiguity_scale", "ambiguity_effort", "ambiguity_sizes")
 QUICK = {
     "ambiguity": (*OF_SETS, "fuzz", "ambiguity_degenerate"),
-    "robustgrad": ("pool_edges", "ratio", "window", "reweighter"),
+    "robustgrad": ("pool_edges", "ratio", "window", "reweighter", "memory"),
 }
+# The last of each start processes of their own.
 SLOW = {
-    "ambiguity": ("memory", "kernel", "ambiguity_ways", "robust_loss", "ambiguity_laws", "compiled"),
+    "ambiguity": ("ambiguity_ways", "ambiguity_laws", "robust_loss", "memory", "compiled", "kernel"),
     "robustgrad": (
-        "memory",
-        "distributed",
-        "schedule",
         "prompt_groups",
+        "schedule",
         "token_units",
         "optimizer_checkpoints",
+        "kernel",
         "faults",
+        "distributed",
     ),
 }
-LONGEST = 600.0  # seconds; a change may well make a loop endless
+# Without what takes minutes, and without the compilation of kernels, which do not change.
+WITHOUT = "not twenty and not build"
+# A change may well make a loop endless, or a tensor double in it.
+PATIENCE = 4.0  # times what the tests take without a change
+MOST_MEMORY = 6 * 2**30
 
 
 @dataclass(frozen=True)
@@ -82,13 +95,39 @@ class Mutant:
 
 
 def positions(source: str) -> list[tuple[str, int]]:
-    """Every place where an operator applies, as (operator, number)."""
-    tree = get_ast(source)
-    names = [name for name in operator_names() if OPERATORS.match(name)]
-    counts = {
-        name: sum(len(list(get_operator(name)().mutation_positions(n))) for n in ast_nodes(tree)) for name in names
-    }
-    return [(name, number) for name in names for number in range(counts[name])]
+    """Every place where an operator applies and an answer may show it, as (operator, number)."""
+    tree, silent, found = get_ast(source), silences(source), []
+    for name in (name for name in operator_names() if OPERATORS.match(name)):
+        operator = get_operator(name)()
+        places = [place for node in ast_nodes(tree) for place in operator.mutation_positions(node)]
+        heard = (n for n, (begin, _) in enumerate(places) if not any(low <= begin < high for low, high in silent))
+        found += [(name, number) for number in heard]
+    return found
+
+
+def silences(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Where STARTS and SIZES are, and comparisons with a size, each from and to a (line, column)."""
+    return [
+        ((node.lineno, node.col_offset), (node.end_lineno, node.end_col_offset))
+        for node in ast.walk(ast.parse(source))
+        if is_silent(node)
+    ]
+
+
+def is_silent(node: ast.AST) -> bool:
+    if isinstance(node, ast.keyword):
+        return node.arg == "strict"  # of a zip, whose lengths are equal in any case
+    if isinstance(node, ast.Assign | ast.Compare):
+        return any(isinstance(name, ast.Name) and name.id in SIZES for name in ast.walk(node))
+    return isinstance(node, ast.FunctionDef) and node.name in STARTS
+
+
+def changes(source: str, mutated: str) -> bool:
+    """Whether that is another program, and one: 1e100 + 1 is 1e100, and `f(+x)` is no call with a star."""
+    try:
+        return ast.dump(ast.parse(mutated)) != ast.dump(ast.parse(source))
+    except SyntaxError:
+        return False
 
 
 def drawn(share: float, seed: int) -> Iterator[Mutant]:
@@ -97,26 +136,31 @@ def drawn(share: float, seed: int) -> Iterator[Mutant]:
             continue
         name, source = str(file.relative_to(ROOT)), file.read_text()
         places = positions(source)
-        for operator, number in random.Random(f"{seed} {name}").sample(places, max(1, round(share * len(places)))):
+        wanted = max(1, round(share * len(places)))
+        for operator, number in random.Random(f"{seed} {name}").sample(places, len(places)):
+            if not wanted:
+                break
             mutated = mutate_code(source, get_operator(operator)(), number)
-            yield Mutant(name, operator.removeprefix("core/"), number, mutated)
+            if changes(source, mutated):
+                wanted -= 1
+                yield Mutant(name, operator.removeprefix("core/"), number, mutated)
 
 
-def survives(copy: Path, mutant: Mutant, tests: tuple[str, ...]) -> bool:
+def survives(copy: Path, mutant: Mutant, tests: tuple[str, ...], longest: float) -> bool:
     file = copy / mutant.file
     original = file.read_text()
     file.write_text(mutant.source)
     try:
-        return passes(copy, tests)
+        return passes(copy, tests, longest)
     finally:
         file.write_text(original)
 
 
-def passes(copy: Path, tests: tuple[str, ...]) -> bool:
+def passes(copy: Path, tests: tuple[str, ...], longest: float | None = None) -> bool:
     child = multiprocessing.get_context("fork").Process(target=run_tests, args=(copy, tests))
     child.start()
     try:
-        child.join(LONGEST)
+        child.join(longest)
     finally:
         if child.exitcode is None:
             os.killpg(child.pid, signal.SIGKILL)
@@ -126,6 +170,7 @@ def passes(copy: Path, tests: tuple[str, ...]) -> bool:
 
 def run_tests(copy: Path, tests: tuple[str, ...]) -> None:
     os.setsid()  # so that whatever the tests start ends with them
+    resource.setrlimit(resource.RLIMIT_DATA, (MOST_MEMORY, MOST_MEMORY))
     os.chdir(copy)
     os.environ.update(PYTHONPATH=str(copy), PYTHONDONTWRITEBYTECODE="1", OMP_NUM_THREADS="1")
     sys.path[0] = str(copy)
@@ -134,7 +179,7 @@ def run_tests(copy: Path, tests: tuple[str, ...]) -> None:
     import pytest
 
     files = [f"tests/test_{name}.py" for name in tests]
-    code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-k", "not twenty", *files])
+    code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-k", WITHOUT, *files])
     sys.stdout.flush()
     os._exit(code)
 
@@ -145,12 +190,15 @@ def copied(folder: str) -> Path:
 
 
 def survivors(copy: Path, mutants: list[Mutant], tests: dict[str, tuple[str, ...]]) -> Iterator[Mutant]:
+    longest = {}
     for group in {mutant.tested_by for mutant in mutants}:
+        began = time.monotonic()
         if not passes(copy, tests[group]):
             print((copy / "mutant.log").read_text()[-3000:])
             raise SystemExit(f"the tests of {group} fail without any change")
+        longest[group] = 30 + PATIENCE * (time.monotonic() - began)
     for mutant in mutants:
-        if survives(copy, mutant, tests[mutant.tested_by]):
+        if survives(copy, mutant, tests[mutant.tested_by], longest[mutant.tested_by]):
             yield mutant
         else:
             print(f"killed {mutant.file} {mutant.operator} {mutant.number}", flush=True)

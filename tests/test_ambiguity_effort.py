@@ -136,6 +136,7 @@ def test_a_kernel_is_handed_the_set(ambiguity: AmbiguitySet, monkeypatch: pytest
         return torch.ones_like(losses)
 
     monkeypatch.setattr(_kernel, "solves", lambda losses: True)
+    monkeypatch.setattr(_kernel, "takes", lambda recipe, losses: True)
     monkeypatch.setattr(_kernel, "solve", solve)
     assert ambiguity.solve(normal(9)).ratio.tolist() == [1.0] * 9
     assert [recipe[0] == "plain" for recipe in handed] == [ambiguity in PLAIN]

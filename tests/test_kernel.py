@@ -25,7 +25,7 @@ needs_compiler = pytest.mark.skipif(
     not all(shutil.which(tool, path=BESIDE_PYTHON) for tool in (os.environ.get("CXX", "c++"), "ninja")),
     reason='no C++ compiler or no ninja: "robustgrad[cpp]"',
 )
-ROWS, MEMORY = "tests/kernel_parity.py", "tests/memory_kernel_parity.py"
+ROWS, MEMORY, TRIAL = (f"tests/{name}.py" for name in ("kernel_parity", "memory_kernel_parity", "kernel_trial"))
 KINDS = ["plain", "top", "near", "ball", "price", "tilt", "softmax"]
 NUMBERS = ("first", "second", "third", "fourth", "fifth")
 VARIANTS = {  # dtype, base and mask, rows and losses of a program, warps
@@ -49,7 +49,7 @@ def assert_parity_in_a_process(*files: str, **environment: str) -> None:
 @needs_triton
 def test_parity_in_the_interpreter() -> None:
     """Triton decides at its import whether it interprets: a process of its own."""
-    assert_parity_in_a_process(ROWS, MEMORY, TRITON_INTERPRET="1", ROBUSTGRAD_KERNEL="triton")
+    assert_parity_in_a_process(ROWS, MEMORY, TRIAL, TRITON_INTERPRET="1", ROBUSTGRAD_KERNEL="triton")
 
 
 @needs_compiler
@@ -63,7 +63,7 @@ def test_parity_in_cpp() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_builds(kind: str, capability: int, variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Down to machine code, which needs no GPU; and no number is narrowed to float32 on the way in."""
-    from robustgrad.ambiguity._triton_rows import solve_rows
+    from robustgrad.ambiguity._triton.rows import solve_rows
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     dtype, weighted, rows, losses, warps = VARIANTS[variant]
@@ -92,7 +92,8 @@ def built(kernel: Any, types: dict[str, str], constants: dict[str, Any], capabil
 @needs_triton
 @pytest.mark.parametrize(("kind", "capability"), [("near", 80), ("ball", 90), ("tilt", 80)])
 def test_the_memory_builds(kind: str, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from robustgrad.ambiguity._triton_memory import learn, meet
+    from robustgrad.ambiguity._triton.memory_learn import learn
+    from robustgrad.ambiguity._triton.memory_meet import meet
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     wide = dict.fromkeys(("alone", "ring", "mass", "numbers", "ratio", "seen"), "*fp64")
@@ -115,16 +116,16 @@ def test_the_memory_builds(kind: str, capability: int, tmp_path: Path, monkeypat
 def test_long_rows_build(
     kind: str, dtype: str, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from robustgrad.ambiguity._triton_long import gather, moment, survey, write
-    from robustgrad.ambiguity._triton_long_tilt import reach, tilt
-    from robustgrad.ambiguity._triton_search import search
+    from robustgrad.ambiguity._triton.long_rows import gather, moment, survey, write
+    from robustgrad.ambiguity._triton.long_tilt import normalise, reach, tilt
+    from robustgrad.ambiguity._triton.search import search
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     known = {"KIND": kind, "FULL": dtype == "fp64", "BASED": True, "MASKED": True, "SHIFT": 29 * (dtype == "fp32")}
-    known |= {"SECOND": True, "LAST": dtype == "fp64", "T": 256, "B": 256}
+    known |= {"SECOND": True, "T": 256, "B": 256}
     types = {"losses": f"*{dtype}", "base": "*fp64", "mask": "*u8", "ends": "*i64"}
     types |= dict.fromkeys(("parts", "states", "ratio"), "*fp64") | dict.fromkeys((*NUMBERS, "radius"), "fp64")
-    passes = {"ball": (search, gather, moment), "top": (search, gather), "tilt": (reach, tilt)}
+    passes = {"ball": (search, gather, moment), "top": (search, gather), "tilt": (reach, tilt, normalise)}
     for kernel in (survey, *passes[kind], write):
         constants = {p.name: known[p.name] for p in kernel.params if p.is_constexpr}
         code = built(kernel, {p.name: types.get(p.name, "i32") for p in kernel.params}, constants, capability, 8)
@@ -134,13 +135,13 @@ def test_long_rows_build(
 @needs_triton
 def test_numbers_arrive_in_float64() -> None:
     """Triton takes a Python number for float32 where the kernel does not say otherwise."""
-    from robustgrad.ambiguity._triton_long import gather, write
-    from robustgrad.ambiguity._triton_long_tilt import tilt
-    from robustgrad.ambiguity._triton_memory import learn
-    from robustgrad.ambiguity._triton_rows import solve_rows
-    from robustgrad.ambiguity._triton_search import search
+    from robustgrad.ambiguity._triton.long_rows import gather, write
+    from robustgrad.ambiguity._triton.long_tilt import normalise, tilt
+    from robustgrad.ambiguity._triton.memory_learn import learn
+    from robustgrad.ambiguity._triton.rows import solve_rows
+    from robustgrad.ambiguity._triton.search import search
 
-    for kernel in (solve_rows, learn, search, gather, write, tilt):
+    for kernel in (solve_rows, learn, search, gather, write, tilt, normalise):
         declared = {p.name: p.annotation_type for p in kernel.params if p.name in (*NUMBERS, "radius")}
         assert set(declared.values()) == {"fp64"}
 
@@ -156,7 +157,7 @@ def test_a_triton_that_narrows_them_is_refused() -> None:
 
 
 def test_a_cpu_tensor_is_left_to_torch() -> None:
-    assert not _kernel.runs(torch.randn(8))
+    assert not _kernel.reaches(torch.randn(8))
 
 
 def test_the_name_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,22 +194,10 @@ def test_another_source_is_another_build() -> None:
     assert len(names) == 4 and all(name.isidentifier() for name in names)
 
 
-def test_where_the_kernel_does_not_run_torch_does_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_compiler(*arguments: Any) -> torch.Tensor:
-        raise RuntimeError("Failed to find C compiler")
-
-    monkeypatch.setattr(_kernel, "_launch", no_compiler)
-    with pytest.warns(UserWarning, match=r"does not run on cpu.*find C compiler.*ROBUSTGRAD_KERNEL=torch"):
-        assert not _kernel._tried_on(torch.device("cpu"))
-    monkeypatch.setattr(_kernel, "_NAME", "triton")
-    with pytest.raises(RuntimeError, match="C compiler"):
-        _kernel._tried_on(torch.device("cpu"))
-
-
 def test_an_old_gpu_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_kernel, "_runs", {})
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
-    assert not _kernel._runs_on(torch.device("cuda", 0))
+    for major, supported in ((6, False), (7, True), (9, True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, major=major: (major, 1))
+        assert _kernel._supported(torch.device("cuda", 0)) is supported
 
 
 def test_the_variable_is_read() -> None:

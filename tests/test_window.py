@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from robustgrad import KL, AmbiguitySet, ChiSquare, CVaR, Reweighter, RobustOptimizer, TotalVariation
 from robustgrad.ambiguity import group_means
+from robustgrad.samples import Samples
+from robustgrad.window import _comes_later
 
 SETS = [TotalVariation(0.2), TotalVariation(0.3, cap=2.0), ChiSquare(0.5), KL(0.3), CVaR(0.3), KL(temperature=0.5)]
 each_set = pytest.mark.parametrize("ambiguity", SETS, ids=repr)
@@ -276,3 +278,25 @@ def test_metrics_are_about_the_window() -> None:
     assert metrics["pool_size"] == 8 and not metrics["plain"]
     for name in ("value", "mean", "ess", "max_ratio", "divergence"):
         torch.testing.assert_close(metrics[name], getattr(worst, name), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("scores", "surveyed", "later"),
+    [
+        ([1.0, 2.0], [[1.0, 2.0], [3.0, 4.0]], False),
+        ([3.0, 4.0], [[1.0, 2.0], [3.0, 4.0]], True),
+        ([3.0, 4.0], [[1.0, 2.0], [9.0, 9.0, 9.0], [8.0, 8.0], [3.0, 4.0]], True),
+        ([3.0, 4.0], [[1.0, 2.0], [3.1, 4.0]], False),  # neither of the two: something else has changed
+        ([4.0, 4.0], [[4.0, 4.0 + 3e-3], [4.0, 4.0]], False),  # less than a thousandth of the largest
+        ([4.0, 4.0], [[4.0, 4.0 + 5e-3], [4.0, 4.0]], True),
+        ([4.0, 4.0], [[1.0, 2.0], [4.0, 4.0 + 3e-6]], True),  # less than a millionth
+        ([4.0, 4.0], [[1.0, 2.0], [4.0, 4.0 + 5e-6]], False),
+        ([0.1, 0.1], [[0.1, 0.1 + 5e-4], [0.1, 0.1]], False),  # of one, where all are smaller
+        ([0.1, 0.1], [[0.1, 0.1 + 15e-4], [0.1, 0.1]], True),
+        ([], [[], [1.0], []], False),
+    ],
+    ids=str,
+)
+def test_losses_that_are_due_later(scores: list[float], surveyed: list[list[float]], later: bool) -> None:
+    calls = [Samples(torch.tensor(call, dtype=torch.float64)) for call in (scores, *surveyed)]
+    assert _comes_later(calls[0], calls[1:]) is later

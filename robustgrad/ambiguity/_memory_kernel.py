@@ -18,15 +18,15 @@ from ._kernel import Recipe
 NUMBERS = 12  # units, samples of the last step, whether there is a rule, and the rule
 _LONGEST = 4096
 _MOST = 8192
-_TILE = 4096  # comparisons of a program
 
-
-runs = _kernel.runs
+reaches = _kernel.reaches
 
 
 def takes(remembered: Tensor, recipe: Recipe | None) -> bool:
     """Whether the kernels keep a memory of these losses."""
-    return recipe is not None and 0 < len(remembered) <= _LONGEST and runs(remembered)
+    if recipe is None or not 0 < len(remembered) <= _LONGEST or not reaches(remembered):
+        return False
+    return _kernel.tried(f"memory, {recipe.kind}", remembered, lambda: _try(recipe, remembered.device))
 
 
 def learns(remembered: int, step: int, recipe: Recipe | None) -> bool:
@@ -56,58 +56,24 @@ def learn(
     return into
 
 
-def _meet(
-    losses: Tensor, scores: Tensor | None, base: Tensor | None, mask: Tensor | None, alone: Tensor | None,
-    ring: Tensor, mass: Tensor, numbers: Tensor, seen: Tensor, nonfinite: Tensor, kind: str,
-) -> Tensor:  # fmt: skip
-    from ._triton_memory import meet as kernel
-
-    n, width = len(losses), _power(len(ring)) if kind in ("top", "near") else 16
-    rows = min(max(1, _TILE // width), _power(n))
-    ratio = torch.empty(n, dtype=torch.promote_types(losses.dtype, torch.float32), device=losses.device)
-    with torch.cuda.device_of(losses):  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        kernel[(-(-n // rows),)](
-            *(losses if one is None else _bytes(one.contiguous()) for one in (losses, scores, base, mask, alone)),
-            *(ring, mass, numbers, ratio, seen, nonfinite),
-            *(seen.stride(0), n, len(ring)),
-            KIND=kind,
-            **{flag: one is not None for flag, one in
-               zip(("SCORED", "BASED", "MASKED", "ALONE"), (scores, base, mask, alone), strict=True)},
-            R=rows,
-            N=width,
-            num_warps=4,
-        )  # fmt: skip
-    return ratio
+def _try(recipe: Recipe, device: torch.device) -> None:
+    """Both kernels, with one loss of weight 0."""
+    ring, mass, seen = (torch.zeros(shape, dtype=torch.float64, device=device) for shape in (1, 1, (3, 1)))
+    numbers, nonfinite = seen.new_ones(NUMBERS), torch.zeros((), dtype=torch.int64, device=device)
+    learn(recipe, seen[:2], ring, mass, 1, numbers)
+    meet(recipe, (ring, None, None, None, None), ring, mass, numbers, seen, nonfinite)
 
 
-def _learn(
-    seen: Tensor, ring: Tensor, mass: Tensor, new_ring: Tensor, new_mass: Tensor, numbers: Tensor, kind: str,
-    recipe: list[float],
-) -> None:  # fmt: skip
-    from ._triton_memory import learn as kernel
+def _meet(*given: Any) -> Tensor:
+    from ._triton.launch_memory import launch_meet
 
-    b, m = seen.shape[1], len(ring)
-    kept = _power(len(new_ring))
-    with torch.cuda.device_of(ring):  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        kernel[(1,)](
-            *(seen, ring, mass, new_ring, new_mass, numbers),
-            *(seen.stride(0), m, b, m + b - len(new_ring)),
-            *recipe,
-            *[0.0] * (5 - len(recipe)),
-            KIND=kind,
-            N=_power(m + b),
-            KEPT=kept,
-            num_warps=min(16, max(4, kept // 128)),
-        )
+    return launch_meet(*given)
 
 
-def _power(n: int) -> int:
-    """The next power of two, 16 or more."""
-    return max(16, 1 << (n - 1).bit_length())
+def _learn(*given: Any) -> None:
+    from ._triton.launch_memory import launch_learn
 
-
-def _bytes(given: Tensor) -> Tensor:
-    return given.view(torch.uint8) if given.dtype == torch.bool else given
+    launch_learn(*given)
 
 
 _library: Any = torch.library.Library("robustgrad", "FRAGMENT")  # type: ignore[no-untyped-call]  # torch leaves it untyped

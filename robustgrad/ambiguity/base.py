@@ -90,9 +90,7 @@ class WorstCase:
     @property
     def ess(self) -> Tensor:
         """(...) effective sample size (sum q)^2 / sum q^2 (Kish): n when all weights are equal."""
-        weights = self._wide_weights()
-        squares = weights.square().sum(-1)
-        return self._out(weights.sum(-1).square() / torch.where(squares == 0, 1.0, squares))
+        return self._out(effective_size(self._wide_weights()))
 
     @property
     def max_ratio(self) -> Tensor:
@@ -105,10 +103,16 @@ class WorstCase:
         return self._out((self.ambiguity._threshold(self.problem) + self.problem.poison).squeeze(-1))
 
 
+def effective_size(weights: Tensor) -> Tensor:
+    """(...) of weights (..., n) of any scale; 0 where all of them are."""
+    squares = weights.square().sum(-1)
+    return weights.sum(-1).square() / squares.clamp_min(torch.finfo(squares.dtype).tiny)
+
+
 class Rule(Protocol):
     """A fitted worst case as a formula: the ratio of a loss that was not among those fitted."""
 
-    def ratio(self, losses: Tensor, weight: Tensor | float = 1.0) -> Tensor: ...
+    def ratio(self, losses: Tensor, weight: Tensor | float = ...) -> Tensor: ...
 
 
 class PlainRule:

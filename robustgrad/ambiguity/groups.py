@@ -22,7 +22,7 @@ def group_means(losses: Tensor, groups: Tensor, weight: Tensor | None = None) ->
     counted = torch.where(share > 0, share * losses, 0.0)
     total = torch.zeros_like(losses).index_add_(0, slot, counted)
     mass = torch.zeros_like(losses).index_add_(0, slot, share)
-    return (total / torch.where(mass > 0, mass, 1.0))[slot]
+    return (total / mass.clamp_min(torch.finfo(mass.dtype).tiny))[slot]
 
 
 def group_slots(groups: Tensor) -> Tensor:
@@ -31,4 +31,4 @@ def group_slots(groups: Tensor) -> Tensor:
     ids = groups[order]
     first = torch.ones_like(ids, dtype=torch.bool)
     first[1:] = ids[1:] != ids[:-1]
-    return torch.empty_like(order).scatter_(0, order, first.cumsum(0) - 1)
+    return torch.empty_like(order).scatter_(0, order, first.cumsum(-1) - 1)

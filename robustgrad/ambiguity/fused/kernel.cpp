@@ -1,6 +1,6 @@
 // The worst case of rows of losses on the CPU, each row solved within the memory of its answer.
 //
-// Kinds, numbers and formulas are those of `_triton_rows.py`, which says why they are what they are. What differs is
+// Kinds, numbers and formulas are those of `_triton/rows.py`, which says why they are what they are. What differs is
 // the way: a row keeps only the losses that take part. Sums are in float64 and in one thread, so always the same.
 
 #include <ATen/core/Tensor.h>

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._triton_parts import (
+from .parts import (
     BEST,
     BOTTOM,
     FINITE,
@@ -33,7 +33,7 @@ from ._triton_parts import (
     value_of,
     weight_of,
 )
-from ._triton_search import bracket
+from .search import bracket
 
 
 @triton.jit(do_not_specialize=["base_step", "mask_step"])
@@ -62,6 +62,18 @@ def survey(
     tl.store(here + SPOILT, tl.max(spoilt).to(tl.float64))
 
 
+@triton.jit
+def _edge(
+    kind: tl.constexpr, ends, parts, survey, passes, top, amount, blocks, SHIFT: tl.constexpr, B: tl.constexpr
+):  # fmt: skip
+    """The threshold: known beforehand, or what the search has found."""
+    if kind == "softmax":
+        return top
+    if kind == "near":
+        return top - amount
+    return value_of(bracket(kind, ends, parts, survey, passes, amount, blocks, SHIFT, B)[0], SHIFT)
+
+
 @triton.jit(do_not_specialize=["base_step", "mask_step"])
 def gather(
     losses, base, mask, parts, ends, n, base_step, mask_step, passes, first: tl.float64, third: tl.float64,
@@ -76,11 +88,7 @@ def gather(
     top, finite = largest(survey, TOP, blocks, B), smallest(survey, FINITE, blocks, B)
     parts += (which * rows + row) * blocks * LANES
     ends += (which * rows + row) * 2 * (passes + 1)
-    edge = top
-    if KIND == "near":
-        edge = top - first
-    elif KIND != "softmax":
-        edge = value_of(bracket(KIND, ends, parts, survey, passes, amount, blocks, SHIFT, B)[0], SHIFT)
+    edge = _edge(KIND, ends, parts, survey, passes, top, amount, blocks, SHIFT, B)
     mass, tied, rest = tl.zeros((T,), tl.float64), tl.zeros((T,), tl.float64), tl.zeros((T,), tl.float64)
     best, least = tl.zeros((T,), tl.float64), tl.full((T,), float("inf"), tl.float64)
     for tile in range(block, tl.cdiv(n, T), blocks):
@@ -153,6 +161,33 @@ def _line(kind: tl.constexpr, parts, blocks, total, number, B: tl.constexpr):
     return slope, (1.0 - rise * slope) / mass
 
 
+@triton.jit
+def _formula(kind: tl.constexpr, parts, blocks, total, number, B: tl.constexpr):
+    """The two numbers by which `_ratio` tells the ratio of a loss."""
+    mass = added(parts, MASS, blocks, B) / total
+    if kind == "near":
+        return number, added(parts, REST, blocks, B) / added(parts, BEST, blocks, B)
+    if kind == "softmax":
+        return number, mass
+    if kind == "tilt":
+        return smallest(parts, THETA, blocks, B), mass
+    return _line(kind, parts, blocks, total, number, B)
+
+
+@triton.jit
+def _ratio(kind: tl.constexpr, value, top, finite, least, this, that, FULL: tl.constexpr):
+    """All kinds but `top`."""
+    if kind == "near":
+        return tl.where(value >= top - this, 1.0, 0.0) + tl.where(value == top, that, 0.0)
+    if kind == "tilt":
+        return tl.exp(drop_of("ball", value, top, finite, FULL) * this) / that
+    drop = drop_of(kind, value, top, finite, FULL)
+    if kind == "softmax":
+        return tl.exp(drop / this) / that
+    from_least = drop - drop_of(kind, least, top, finite, FULL)
+    return tl.where(value >= least, tl.maximum(from_least * this + that, 0.0), 0.0)
+
+
 @triton.jit(do_not_specialize=["base_step", "mask_step"])
 def write(
     losses, base, mask, parts, ratio, n, base_step, mask_step,
@@ -166,31 +201,22 @@ def write(
     parts += row * blocks * LANES
     top, finite = largest(parts, TOP, blocks, B), smallest(parts, FINITE, blocks, B)
     total, bad = weight_of(parts, blocks, B), largest(parts, SPOILT, blocks, B) > 0.0
-    best, rest = added(parts, BEST, blocks, B) / total, added(parts, REST, blocks, B) / total
-    mass, least = added(parts, MASS, blocks, B) / total, smallest(parts, LEAST, blocks, B)
-    slope, height = first, second
-    edge, boundary = _boundary(parts, blocks, total, first, B)
-    other_edge, other_boundary = edge, boundary
-    if fourth > 0.0:
-        other_edge, other_boundary = _boundary(other, blocks, total, third, B)
-    theta = smallest(parts, THETA, blocks, B)
-    if KIND == "ball" or KIND == "price":
-        slope, height = _line(KIND, parts, blocks, total, first, B)
+    best = added(parts, BEST, blocks, B) / total
+    if KIND == "top":
+        edge, boundary = _boundary(parts, blocks, total, first, B)
+        other_edge, other_boundary = edge, boundary
+        if fourth > 0.0:
+            other_edge, other_boundary = _boundary(other, blocks, total, third, B)
+    else:
+        least = smallest(parts, LEAST, blocks, B)
+        this, that = _formula(KIND, parts, blocks, total, first, B)
     for tile in range(block, tl.cdiv(n, T), blocks):
         column = tile * T + tl.arange(0, T)
         value, _, on, _ = entries(losses, base, mask, row, column, n, base_step, mask_step, FULL, BASED, MASKED)
-        drop = drop_of(KIND, value, top, finite, FULL)
         if KIND == "top":
             found = second * _share(value, edge, boundary) + fourth * _share(value, other_edge, other_boundary)
             found += tl.where(value == top, fifth / best, 0.0)
-        elif KIND == "near":
-            found = tl.where(value >= top - first, 1.0, 0.0) + tl.where(value == top, rest / best, 0.0)
-        elif KIND == "softmax":
-            found = tl.exp(drop / first) / mass
-        elif KIND == "tilt":
-            found = tl.exp(drop_of("ball", value, top, finite, FULL) * theta) / mass
         else:
-            from_least = drop - drop_of(KIND, least, top, finite, FULL)
-            found = tl.where(value >= least, tl.maximum(from_least * slope + height, 0.0), 0.0)
+            found = _ratio(KIND, value, top, finite, least, this, that, FULL)
         found = tl.where(on, tl.where(bad, float("nan"), found), 0.0)
         tl.store(ratio + row * n + column, found, mask=column < n)

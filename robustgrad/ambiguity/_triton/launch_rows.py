@@ -8,19 +8,11 @@ import torch
 import triton
 from torch import Tensor
 
-from ._triton_rows import solve_rows
+from . import readable
+from .rows import solve_rows
 
 _TILE = 1024  # losses in a program, where rows are shorter
 _PER_THREAD = 4
-
-
-def require(version: str) -> None:
-    """Raise an ImportError for a Triton that narrows a kernel's numbers to float32, whatever it declares."""
-    if tuple(map(int, version.split(".")[:2])) < (3, 4):
-        raise ImportError(f"triton must be 3.4 or newer, got {version}: install a newer torch, which brings its own")
-
-
-require(triton.__version__)
 
 
 class Tile(NamedTuple):
@@ -47,7 +39,7 @@ def launch(losses: Tensor, base: Tensor | None, mask: Tensor | None, kind: str, 
     tile = Tile.of(rows, n)
     arguments = (
         losses.contiguous(),
-        *(losses if given is None else _by_row(given) for given in (base, mask)),
+        *(losses if given is None else readable(given) for given in (base, mask)),
         ratio,
         rows,
         n,
@@ -68,8 +60,3 @@ def launch(losses: Tensor, base: Tensor | None, mask: Tensor | None, kind: str, 
             num_warps=tile.warps,
         )
     return ratio
-
-
-def _by_row(given: Tensor) -> Tensor:
-    given = given.contiguous()
-    return given.view(torch.uint8) if given.dtype == torch.bool else given

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._triton_parts import (
+from .parts import (
     BOTTOM,
     FINITE,
     LANES,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._triton_tilt import inverse_temperature
+from .tilt import inverse_temperature
 
 
 @triton.jit

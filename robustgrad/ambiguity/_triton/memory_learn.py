@@ -1,105 +1,12 @@
-"""The memory pool as two kernels: `meet` asks the rule about new losses, `learn` takes a step in and fits it anew.
-
-The rule is five numbers whose meaning the kind fixes, behind those of the units:
-
-    0-4 settled, mean, variance, level, spread   5 samples of the last step that counted   6 whether there is a rule
-    7-11 line: least, slope, height, top, scale   tilt: theta, normaliser, -, top, scale
-         top, near: first mass and gain, second mass and gain, mass of the memory
-"""
+"""A memory takes a step in and fits its rule anew: one launch a step. `memory_meet.py` says what the rule is."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from ._triton_rows import _distance, _expect, _line_of, _top_share, _unit
-from ._triton_tilt import inverse_temperature
-
-
-@triton.jit
-def _share(mass, total, above, tied):
-    return tl.minimum(tl.maximum(mass * total - above, 0.0), tied) / tied
-
-
-@triton.jit
-def _placed(own, weight, ring, mass, m, rule, N: tl.constexpr):
-    """Gain times share of each new loss (R,), once it has joined the memory, in one or two top masses."""
-    column = tl.arange(0, N)[None, :]
-    kept = tl.load(ring + column, mask=column < m, other=0)
-    counted = tl.load(mass + column, mask=column < m, other=0)
-    above = tl.sum(tl.where(kept > own[:, None], counted, 0.0), 1)
-    tied = tl.sum(tl.where(kept == own[:, None], counted, 0.0), 1) + weight
-    total = tl.load(rule + 4) + weight
-    first = tl.load(rule + 1) * _share(tl.load(rule), total, above, tied)
-    return first + tl.load(rule + 3) * _share(tl.load(rule + 2), total, above, tied)
-
-
-@triton.jit
-def _asked(kind: tl.constexpr, own, weight, ring, mass, m, rule, N: tl.constexpr):
-    """The ratio of new losses by the rule."""
-    if kind == "plain":
-        return tl.zeros_like(own) + 1.0
-    if kind == "top" or kind == "near":
-        return _placed(own, weight, ring, mass, m, rule, N)
-    top = tl.load(rule + 3)
-    drop = (tl.minimum(own, top) - top) / tl.load(rule + 4)
-    if kind == "ball" or kind == "price":
-        return tl.maximum((drop - tl.load(rule)) * tl.load(rule + 1) + tl.load(rule + 2), 0.0)
-    return tl.minimum(tl.exp(tl.load(rule) * drop) / tl.load(rule + 1), 100.0)
-
-
-# Slices of a batch begin anywhere: no kernel of its own for each alignment.
-@triton.jit(do_not_specialize=["losses", "scores", "base", "mask", "alone", "seen", "lane", "n", "m"])
-def meet(
-    losses,
-    scores,
-    base,
-    mask,
-    alone,
-    ring,
-    mass,
-    numbers,
-    ratio,
-    seen,
-    nonfinite,
-    lane,
-    n,
-    m,
-    KIND: tl.constexpr,
-    SCORED: tl.constexpr,
-    BASED: tl.constexpr,
-    MASKED: tl.constexpr,
-    ALONE: tl.constexpr,
-    R: tl.constexpr,
-    N: tl.constexpr,
-):
-    """The ratio of R new losses; takes note of scores, weights and ratios, and counts those that are not finite."""
-    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
-    real = row < n
-    value = tl.load(losses + row, mask=real, other=0).to(tl.float64)
-    good = value < float("inf")
-    if SCORED:
-        value = tl.load(scores + row, mask=real, other=0).to(tl.float64)
-        good &= value < float("inf")
-    weight = tl.zeros_like(value) + 1.0
-    if BASED:
-        weight = tl.load(base + row, mask=real, other=0).to(tl.float64)
-    if MASKED:
-        weight = tl.where(tl.load(mask + row, mask=real, other=0) != 0, weight, 0.0)
-    value = tl.where(good, value, float("nan"))
-    own = (value - tl.load(numbers + 3)) / tl.load(numbers + 4)
-    unfilled = tl.zeros_like(value) + 1.0
-    if ALONE:
-        unfilled = tl.load(alone + row, mask=real, other=0)
-    found = tl.where(tl.load(numbers + 6) > 0.0, _asked(KIND, own, weight, ring, mass, m, numbers + 7, N), unfilled)
-    sound = good & (weight >= 0.0) & (weight < float("inf"))
-    found = tl.where(weight == 0.0, 0.0, tl.where(sound, found, float("nan")))
-    bad = real & (weight != 0.0) & (good == 0)
-    tl.atomic_add(nonfinite, tl.sum(bad.to(tl.int64), 0))
-    tl.store(ratio + row, found.to(ratio.dtype.element_ty), mask=real)
-    tl.store(seen + row, value, mask=real)
-    tl.store(seen + lane + row, weight, mask=real)
-    tl.store(seen + 2 * lane + row, found, mask=real)
+from .rows import _distance, _expect, _line_of, _top_share, _unit
+from .tilt import inverse_temperature
 
 
 @triton.jit
@@ -189,6 +96,24 @@ def _fit_drop(kind: tl.constexpr, rule, values, top, on, weight, total, spread, 
         _store_rule(rule, theta, _expect(tl.exp(theta * drop), weight, total), scale, top, scale)
 
 
+@triton.jit
+def _fit(kind: tl.constexpr, numbers, value, weight, sampled, level, spread, first, second, third, fourth, fifth):
+    """Whether there is a rule, and the rule."""
+    on = weight > 0.0
+    total = tl.sum(weight, 1, keep_dims=True)
+    value = tl.where(on, value, -1.7976931348623157e308)
+    top = tl.max(value, 1, keep_dims=True)
+    reach = (tl.max(top) - tl.min(tl.where(on, value, float("inf")))) * spread
+    filled = (tl.sum(on.to(tl.int32)) >= 64) & (reach > 1e-12 * tl.abs(level))
+    tl.store(numbers + 5, sampled)
+    tl.store(numbers + 6, filled.to(tl.float64))
+    receivers = tl.minimum(tl.maximum(1.0 / tl.maximum(sampled, 1.0), 0.015625), 1.0)
+    if kind == "top" or kind == "near":
+        _fit_top(kind, numbers + 7, value, on, weight, total, receivers, spread, first, second, third, fourth, fifth)
+    elif kind != "plain":
+        _fit_drop(kind, numbers + 7, value, top, on, weight, total, spread, first)
+
+
 @triton.jit(do_not_specialize=["seen", "lane", "m", "b", "excess"])
 def learn(
     seen,
@@ -234,16 +159,4 @@ def learn(
     column = tl.arange(0, KEPT)[None, :]
     value = tl.load(new_ring + column, mask=column < m + b - excess, other=0)
     weight = tl.load(new_mass + column, mask=column < m + b - excess, other=0)
-    on = weight > 0.0
-    total = tl.sum(weight, 1, keep_dims=True)
-    value = tl.where(on, value, -1.7976931348623157e308)
-    top = tl.max(value, 1, keep_dims=True)
-    reach = (tl.max(top) - tl.min(tl.where(on, value, float("inf")))) * spread
-    filled = (tl.sum(on.to(tl.int32)) >= 64) & (reach > 1e-12 * tl.abs(level))
-    tl.store(numbers + 5, sampled)
-    tl.store(numbers + 6, filled.to(tl.float64))
-    receivers = tl.minimum(tl.maximum(1.0 / tl.maximum(sampled, 1.0), 0.015625), 1.0)
-    if KIND == "top" or KIND == "near":
-        _fit_top(KIND, numbers + 7, value, on, weight, total, receivers, spread, first, second, third, fourth, fifth)
-    elif KIND != "plain":
-        _fit_drop(KIND, numbers + 7, value, top, on, weight, total, spread, first)
+    _fit(KIND, numbers, value, weight, sampled, level, spread, first, second, third, fourth, fifth)

@@ -7,12 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import long_rows as kernels
+from . import readable
+from .long_tilt import normalise, reach, tilt
+from .parts import LANES
+from .search import search
+
 # Of a loss as float64: the last bits that its type never has, and how many bits tell its integers apart.
 _BITS = {torch.float64: (0, 64), torch.float32: (29, 35), torch.bfloat16: (45, 19), torch.float16: (42, 22)}
 _SEARCHED = ("top", "ball", "price")
-KINDS = (*_SEARCHED, "near", "softmax", "tilt")
 _STEPS = 24  # of the search for a tilt; ordinary losses need about 6, and passes after that do nothing
-_LANES = 152  # as in the kernels
 _BLOCKS = 256
 _TILE = 256
 
@@ -42,9 +46,9 @@ class _Passes:
         self.kind, self.rows, self.thresholds, self.n = kind, rows, thresholds, n
         self.passes = bits // 4 + 1 if kind in _SEARCHED else _STEPS if kind == "tilt" else 0
         self.blocks = max(1, min(-(-n // (8 * _TILE)), 2 * _BLOCKS // rows, _BLOCKS))
-        self.parts = losses.new_empty(thresholds * rows * self.blocks * _LANES, dtype=torch.float64)
+        self.parts = losses.new_empty(thresholds * rows * self.blocks * LANES.value, dtype=torch.float64)
         self.ends = losses.new_empty(thresholds * rows * 2 * (self.passes + 1), dtype=torch.int64)
-        self.losses = (losses, *(losses if given is None else _by_row(given) for given in (base, mask)))
+        self.losses = (losses, *(losses if given is None else readable(given) for given in (base, mask)))
         self.steps = [0 if given is None or given.dim() == 1 else n for given in (base, mask)]
         full = losses.dtype == torch.float64
         self.flags = {"FULL": full, "BASED": base is not None, "MASKED": mask is not None, "T": _TILE}
@@ -52,8 +56,6 @@ class _Passes:
         self.keyed = {"SHIFT": shift}
 
     def run(self, ratio: Tensor, numbers: tuple[float, ...]) -> None:
-        from . import _triton_long as kernels
-
         self.one(kernels.survey, self.parts)
         if self.kind == "tilt":
             self.tilt(numbers[0])
@@ -62,9 +64,6 @@ class _Passes:
         self.one(kernels.write, self.parts, ratio, tail=numbers, **self.reduced)
 
     def threshold(self, first: float, third: float) -> None:
-        from . import _triton_long as kernels
-        from ._triton_search import search
-
         searching = {"both": True, **self.reduced, **self.keyed}
         for step in range(self.passes):
             self.one(search, self.parts, self.ends, tail=(step, self.passes, first, third), **searching)
@@ -73,19 +72,12 @@ class _Passes:
             self.one(kernels.moment, self.parts, SECOND=second, **self.reduced)
 
     def tilt(self, radius: float) -> None:
-        from ._triton_long_tilt import reach, tilt
-
-        blocks, states = self.reduced["B"], self.parts.new_empty(self.rows * 4 * (self.passes + 1))
+        blocks, states = self.reduced["B"], self.parts.new_empty(self.rows * 4 * self.passes)
         self.one(reach, self.parts, B=blocks)
-        for step in range(self.passes + 1):
-            tail = (step, self.passes, radius)
-            self.one(tilt, self.parts, states, tail=tail, B=blocks, LAST=step == self.passes)
+        for step in range(self.passes):
+            self.one(tilt, self.parts, states, tail=(step, self.passes, radius), B=blocks)
+        self.one(normalise, self.parts, states, tail=(self.passes, radius), B=blocks)
 
     def one(self, kernel: Any, *places: Tensor, tail: tuple[float, ...] = (), both: bool = False, **meta: Any) -> None:
         grid = (self.blocks, self.rows, self.thresholds if both else 1)
         kernel[grid](*self.losses, *places, self.n, *self.steps, *tail, **meta, **self.flags, num_warps=8)
-
-
-def _by_row(given: Tensor) -> Tensor:
-    given = given.contiguous()
-    return given.view(torch.uint8) if given.dtype == torch.bool else given

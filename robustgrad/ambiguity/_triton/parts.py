@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._triton_rows import _keys, weigh
+from .rows import _keys, weigh
 
 # Lanes of a block: those of `survey`, two sets of three times 16 for `search`, those of `gather` and of `moment`.
 TOP: tl.constexpr = tl.constexpr(0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._triton_parts import (
+from .parts import (
     BEST,
     FINITE,
     LANES,
@@ -23,7 +23,7 @@ from ._triton_parts import (
     smallest,
     weight_of,
 )
-from ._triton_tilt import BEYOND, bracket_of, curve_of, expm1, moved
+from .tilt import BEYOND, bracket_of, curve_of, expm1, moved
 
 
 @triton.jit(do_not_specialize=["base_step", "mask_step"])
@@ -81,25 +81,29 @@ def _state(parts, states, step, radius, blocks, FULL: tl.constexpr, B: tl.conste
     return low, high, u, settled, saturated, depth
 
 
+@triton.jit
+def _store(at, first, second, third, fourth):
+    tl.store(at, first)
+    tl.store(at + 1, second)
+    tl.store(at + 2, third)
+    tl.store(at + 3, fourth)
+
+
 @triton.jit(do_not_specialize=["base_step", "mask_step", "step"])
 def tilt(
     losses, base, mask, parts, states, n, base_step, mask_step, step, passes, radius: tl.float64,
-    FULL: tl.constexpr, BASED: tl.constexpr, MASKED: tl.constexpr,
-    LAST: tl.constexpr, T: tl.constexpr, B: tl.constexpr,
+    FULL: tl.constexpr, BASED: tl.constexpr, MASKED: tl.constexpr, T: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """The sums of the curve at the guess, while it has not settled; in the last pass, the normaliser there."""
+    """The sums of the curve at the guess, while it has not settled."""
     row, block, blocks = tl.program_id(1).to(tl.int64), tl.program_id(0), tl.num_programs(0)
     parts += row * blocks * LANES
-    states += row * 4 * (passes + 1)
-    low, high, u, settled, saturated, depth = _state(parts, states, step, radius, blocks, FULL, B)
+    states += row * 4 * passes
+    low, high, u, settled, _saturated, depth = _state(parts, states, step, radius, blocks, FULL, B)
     if block == 0:
-        tl.store(states + 4 * step, low)
-        tl.store(states + 4 * step + 1, high)
-        tl.store(states + 4 * step + 2, u)
-        tl.store(states + 4 * step + 3, settled.to(tl.float64))
-    theta = tl.where(saturated, BEYOND, tl.exp(u)) if LAST else tl.exp(u)
-    if LAST or settled == 0:
+        _store(states + 4 * step, low, high, u, settled.to(tl.float64))
+    if settled == 0:
         top, finite = largest(parts, TOP, blocks, B), smallest(parts, FINITE, blocks, B)
+        theta = tl.exp(u)
         rise = tl.minimum(theta * depth, 30.0)
         others, first = tl.zeros((T,), tl.float64), tl.zeros((T,), tl.float64)
         second, growth = tl.zeros((T,), tl.float64), tl.zeros((T,), tl.float64)
@@ -107,21 +111,31 @@ def tilt(
             column = tile * T + tl.arange(0, T)
             value, weight, _, _ = entries(losses, base, mask, row, column, n, base_step, mask_step, FULL, BASED, MASKED)
             drop = drop_of("ball", value, top, finite, FULL)
-            if LAST:
-                first += weight * tl.exp(drop * theta)
-            else:
-                y = drop * theta + rise
-                tilted = tl.where(drop < 0.0, weight, 0.0) * tl.exp(y)
-                others += tilted
-                first += tilted * drop
-                second += tilted * drop * drop
-                growth += weight * expm1(y)
-        if LAST:
-            tl.store(parts + block * LANES + MASS, tl.sum(first))
-            tl.store(parts + block * LANES + THETA, theta)
-        else:
-            here = parts + block * LANES + TRIED + 4 * (step % 2)
-            tl.store(here, tl.sum(others))
-            tl.store(here + 1, tl.sum(first))
-            tl.store(here + 2, tl.sum(second))
-            tl.store(here + 3, tl.sum(growth))
+            y = drop * theta + rise
+            tilted = tl.where(drop < 0.0, weight, 0.0) * tl.exp(y)
+            others += tilted
+            first += tilted * drop
+            second += tilted * drop * drop
+            growth += weight * expm1(y)
+        here = parts + block * LANES + TRIED + 4 * (step % 2)
+        _store(here, tl.sum(others), tl.sum(first), tl.sum(second), tl.sum(growth))
+
+
+@triton.jit(do_not_specialize=["base_step", "mask_step"])
+def normalise(
+    losses, base, mask, parts, states, n, base_step, mask_step, passes, radius: tl.float64,
+    FULL: tl.constexpr, BASED: tl.constexpr, MASKED: tl.constexpr, T: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """The inverse temperature that was found, and the normaliser there."""
+    row, block, blocks = tl.program_id(1).to(tl.int64), tl.program_id(0), tl.num_programs(0)
+    parts += row * blocks * LANES
+    found = _state(parts, states + row * 4 * passes, passes, radius, blocks, FULL, B)
+    theta = tl.where(found[4], BEYOND, tl.exp(found[2]))
+    top, finite = largest(parts, TOP, blocks, B), smallest(parts, FINITE, blocks, B)
+    mass = tl.zeros((T,), tl.float64)
+    for tile in range(block, tl.cdiv(n, T), blocks):
+        column = tile * T + tl.arange(0, T)
+        value, weight, _, _ = entries(losses, base, mask, row, column, n, base_step, mask_step, FULL, BASED, MASKED)
+        mass += weight * tl.exp(drop_of("ball", value, top, finite, FULL) * theta)
+    tl.store(parts + block * LANES + MASS, tl.sum(mass))
+    tl.store(parts + block * LANES + THETA, theta)
