@@ -90,11 +90,20 @@ def block(seed: int, number: int) -> Block:
     return Block(drawn_set(rng, unit), losses, base, mask)
 
 
+def ratios(given: Block) -> Tensor:
+    """Of all rows at once; and of every other one alone, which without base and mask is another way."""
+    ratio = given.ambiguity.solve(given.losses, base=given.base, mask=given.mask).ratio.clone()
+    if given.base is None and given.mask is None:
+        for row in range(1, len(ratio), 2):
+            ratio[row] = given.ambiguity.solve(given.losses[row]).ratio
+    return ratio
+
+
 def suspects(given: Block) -> list[int]:
     """Rows that the certificate does not prove feasible and optimal."""
-    worst = given.ambiguity.solve(given.losses, base=given.base, mask=given.mask)
+    found = ratios(given)
     p, drop, span = normalised(given)
-    ratio, tol = worst.ratio.double().numpy(), comparing.tolerance(worst.ratio)
+    ratio, tol = found.double().numpy(), comparing.tolerance(found)
     price = oracle.price_of(given.ambiguity) / span
     integrand = certificates.phi(given.ambiguity, ratio)
     spent = certificates.mean(p, integrand) if not isinstance(given.ambiguity, CVaR) else ratio.max(-1, keepdims=True)
@@ -105,7 +114,7 @@ def suspects(given: Block) -> list[int]:
     sound &= (np.abs(certificates.mean(p, ratio) - 1) <= 2 * tol) & (ratio >= 0).all(-1, keepdims=True)
     sound &= spent <= comparing.most_allowed(given.ambiguity, tol)
     sound &= ratio.max(-1, keepdims=True) <= (getattr(given.ambiguity, "cap", None) or np.inf) * (1 + tol)
-    sound &= np.where(p > 0, True, ratio == 0).all(-1, keepdims=True) & monotone(drop, p, worst.ratio)
+    sound &= np.where(p > 0, True, ratio == 0).all(-1, keepdims=True) & monotone(drop, p, found)
     return np.flatnonzero(~sound[:, 0]).tolist()
 
 

@@ -10,7 +10,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from robustgrad.ambiguity import KL, AmbiguitySet, ChiSquare, CVaR, TotalVariation, _kernel, _linear, _sorted, _tilting
+from robustgrad.ambiguity import (
+    KL,
+    AmbiguitySet,
+    ChiSquare,
+    CVaR,
+    TotalVariation,
+    _elimination,
+    _kernel,
+    _one_row,
+    _sorted,
+    _tilting,
+)
+from robustgrad.ambiguity._linear import Limit
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -37,30 +49,33 @@ each_limit = pytest.mark.parametrize(
 
 @each_base
 @each_limit
-@pytest.mark.parametrize("n", [64, _linear._LONG])
+@pytest.mark.parametrize("n", [64, _elimination._SEVERAL])
 def test_an_ordinary_row_is_not_sorted(
     ambiguity: ChiSquare, n: int, power: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    looks, sorts = counted(monkeypatch, np, "greater"), counted(monkeypatch, _linear, "_scan")
+    looks, sorts = counted(monkeypatch, np, "greater"), counted(monkeypatch, _elimination, "scan")
     ambiguity.solve(normal(n), base=normal(n, seed=3).abs() ** power)
-    assert 1 < len(looks) < 11 and not sorts
+    assert 0 < len(looks) < 11 and not sorts
 
 
 def test_many_short_rows_are_sorted_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    looks, sorts = counted(monkeypatch, np, "greater"), counted(monkeypatch, _linear, "_scan")
+    looks, sorts = counted(monkeypatch, np, "greater"), counted(monkeypatch, _elimination, "scan")
     ChiSquare(0.5).solve(normal(70, 64))
     assert sorts == [64] and not looks
 
 
 @each_base
 def test_a_sample_saves_looks_at_a_long_row(power: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    looks, n = counted(monkeypatch, np, "greater"), _linear._SAMPLED * _linear._LONG
+    """What is looked at, all looks together, is a part of the row."""
+    looks, n = counted(monkeypatch, np, "greater"), _elimination.LONG
+    drop = (normal(n) - normal(n).max()).numpy()
+    base = None if power == 0 else (normal(n, seed=3).square() / normal(n, seed=3).square().sum()).numpy()
     needed = []
-    for sampled in (_linear._SAMPLED, n):
-        monkeypatch.setattr(_linear, "_SAMPLED", sampled)
+    for length in (n, n + 1):
+        monkeypatch.setattr(_elimination, "LONG", length)
         looks.clear()
-        ChiSquare(3.0).solve(normal(n), base=normal(n, seed=3).abs() ** power)
-        needed.append(looks.count(n))
+        _elimination.line_of_row(drop, base, Limit(3.0))
+        needed.append(sum(looks))
     assert needed[0] < needed[1]
 
 
@@ -74,7 +89,8 @@ def test_an_ordinary_tilt_takes_few_steps(radius: float, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(("n", "narrowing"), [(64, 2), (_tilting._GRID_SIZE, 10)])
 def test_a_tilt_without_a_look_takes_a_fixed_number(n: int, narrowing: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bracket 2^10 times narrower, 31 points at once or one."""
-    monkeypatch.setattr(_tilting, "readable", lambda tensor: False)
+    for module in (_one_row, _tilting):
+        monkeypatch.setattr(module, "readable", lambda tensor: False)
     steps = steps_of_tilting(monkeypatch)
     KL(0.3).solve(normal(n))
     assert len(steps) == narrowing + _tilting._NEWTON_STEPS
@@ -87,13 +103,13 @@ def test_many_rows_with_a_look_are_not_narrowed(monkeypatch: pytest.MonkeyPatch)
 
 
 def steps_of_tilting(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    steps, at = [], _tilting._Curve.at
+    steps, at = [], _tilting.Curve.at
 
     def step(curve: Any, theta: Any) -> Any:
         steps.append(theta)
         return at(curve, theta)
 
-    monkeypatch.setattr(_tilting._Curve, "at", step)
+    monkeypatch.setattr(_tilting.Curve, "at", step)
     return steps
 
 

@@ -14,7 +14,17 @@ from inputs import Case
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from robustgrad.ambiguity import KL, AmbiguitySet, ChiSquare, CVaR, TotalVariation, _linear, _sorted, _tilting
+from robustgrad.ambiguity import (
+    KL,
+    AmbiguitySet,
+    ChiSquare,
+    CVaR,
+    TotalVariation,
+    _elimination,
+    _one_row,
+    _sorted,
+    _tilting,
+)
 
 CHI_SQUARE = [ambiguity for ambiguity in inputs.SETS if isinstance(ambiguity, ChiSquare)]
 TYPICAL = [
@@ -37,11 +47,11 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 def long_rows(n: int) -> dict[str, Tensor]:
     """Rows that mislead a sample of every so-manieth loss, and ordinary ones."""
-    step = torch.arange(n, dtype=torch.float64)
+    step, stride = torch.arange(n, dtype=torch.float64), _elimination.stride(n)
     high = normal(n, seed=1)
-    high[:: _linear._SAMPLED] += 5
+    high[::stride] += 5
     low = normal(n, seed=2)
-    low[:: _linear._SAMPLED] -= 5
+    low[::stride] -= 5
     return {
         "normal": normal(n),
         "the sample is high": high,
@@ -59,7 +69,8 @@ def long_rows(n: int) -> dict[str, Tensor]:
 def test_elimination_is_the_scan(ambiguity: ChiSquare, monkeypatch: pytest.MonkeyPatch) -> None:
     cases = [case for case in inputs.FINITE + inputs.MINUS_INF if not case.losses[case.valid].isneginf().all()]
     eliminated = [comparing.alone(ambiguity, case).ratio for case in cases]
-    monkeypatch.setattr(_linear, "readable", lambda tensor: False)
+    monkeypatch.setattr(_elimination, "readable", lambda tensor: False)
+    monkeypatch.setattr(_one_row, "readable", lambda tensor: False)
     for case, ratio in zip(cases, eliminated, strict=True):
         laws.close_ratio(case.reference, ratio, comparing.alone(ambiguity, case).ratio, (ambiguity, case))
 
@@ -67,7 +78,7 @@ def test_elimination_is_the_scan(ambiguity: ChiSquare, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("name", long_rows(1))
 @each_typical
 def test_long_rows_are_optimal(ambiguity: AmbiguitySet, name: str) -> None:
-    for n in (_linear._LONG, _linear._SAMPLED * _linear._LONG + 5):
+    for n in (_elimination._SEVERAL, _elimination.LONG + 5):
         losses = long_rows(n)[name]
         case = Case(name, losses)
         if name == "with -inf":
@@ -77,14 +88,45 @@ def test_long_rows_are_optimal(ambiguity: AmbiguitySet, name: str) -> None:
             laws.assert_feasible(comparing.alone, ambiguity, case)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [2, 9, _elimination._SEVERAL, _elimination.LONG + 5])
+@each_typical
+def test_an_ordinary_row_is_solved_as_any_other(
+    ambiguity: AmbiguitySet, n: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = {name: losses.to(dtype) for name, losses in long_rows(n).items()}
+    quickly = {name: ambiguity.solve(losses) for name, losses in rows.items()}
+    monkeypatch.setattr(_one_row, "solve", lambda recipe, losses: None)
+    for name, losses in rows.items():
+        for field in comparing.FIELDS:
+            got, want = getattr(quickly[name], field), getattr(ambiguity.solve(losses), field)
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6, msg=f"{name}: {field} {got} {want}")
+
+
 @each_typical
 def test_weighted_long_rows_are_optimal(ambiguity: AmbiguitySet) -> None:
-    n = _linear._SAMPLED * _linear._LONG
+    n = _elimination.LONG
     case = Case("weighted", normal(n), normal(n, seed=3).abs() ** 4, normal(n, seed=4) < 1)
     laws.assert_optimal(comparing.alone, ambiguity, case)
 
 
-@pytest.mark.parametrize("shape", [(5, _linear._LONG), (2, 3, _linear._LONG), (70, 64)])
+@each_typical
+def test_a_long_row_whose_sample_has_no_weight(ambiguity: AmbiguitySet) -> None:
+    n = _elimination.LONG
+    base = torch.where(torch.arange(n) % _elimination.stride(n) == 0, 0.0, normal(n, seed=3).square())
+    laws.assert_optimal(comparing.alone, ambiguity, Case("weights beside the sample", normal(n), base))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@each_typical
+def test_a_long_row_without_an_answer(ambiguity: AmbiguitySet, bad: float) -> None:
+    losses = normal(_elimination.LONG)
+    losses[5] = bad
+    for given in (losses, losses.float(), losses.expand(2, -1)):
+        assert ambiguity.solve(given).ratio.isnan().all()
+
+
+@pytest.mark.parametrize("shape", [(5, _elimination._SEVERAL), (2, 3, _elimination._SEVERAL), (70, 64)])
 @each_typical
 def test_rows_are_independent_to_the_bit(ambiguity: AmbiguitySet, shape: tuple[int, ...]) -> None:
     """Also of how long another row takes: the first is easy, the last ends in the fallback."""
@@ -116,14 +158,15 @@ def test_selection_is_that_of_a_sort(k: int, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("radius", [1e-9, 1e-3, 0.3, 3.0])
 def test_kl_of_one_row_is_that_of_many(radius: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plain numbers, tensors with a look, tensors without: three ways to one temperature."""
+    """By numpy, tensors with a look, plain numbers, tensors without: four ways to one temperature."""
     ways: list[Callable[[Tensor], Tensor]] = [
         lambda losses: KL(radius).solve(losses).ratio,
         lambda losses: KL(radius).solve(losses.expand(70, -1)).ratio[0],
     ]
     found = [way(normal(64)) for way in ways]
-    monkeypatch.setattr(_tilting, "readable", lambda tensor: False)
-    found.append(ways[0](normal(64)))
+    for module in (_one_row, _tilting):
+        monkeypatch.setattr(module, "readable", lambda tensor: False)
+        found.append(ways[0](normal(64)))
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-10, atol=1e-10)
 
@@ -143,7 +186,7 @@ def test_remembered_losses_of_equal_weight_are_the_uniform_base(ambiguity: Ambig
 def test_a_single_row_traces_as_one_graph(ambiguity: AmbiguitySet) -> None:
     torch._dynamo.reset()
     traced = torch.compile(lambda losses: ambiguity.solve(losses).ratio, fullgraph=True, backend="eager")
-    for losses in (normal(7).float(), normal(_linear._LONG)):
+    for losses in (normal(7).float(), normal(_elimination._SEVERAL)):
         torch.testing.assert_close(traced(losses), ambiguity.solve(losses).ratio, rtol=1e-5, atol=1e-6)
 
 
@@ -162,14 +205,14 @@ class NoBlas(TorchDispatchMode):
 def test_off_the_cpu_nothing_is_looked_at_and_no_blas_is_used(ambiguity: AmbiguitySet) -> None:
     """Meta tensors have no values: whatever would read one raises."""
     with NoBlas():
-        for shape in ((8,), (_linear._LONG,), (3, _linear._LONG)):
+        for shape in ((8,), (_elimination._SEVERAL,), (3, _elimination._SEVERAL)):
             assert ambiguity.solve(torch.empty(shape, device="meta")).ratio.shape == shape
         losses, one = torch.empty(512, dtype=torch.float64, device="meta"), torch.empty((), device="meta")
         rule = ambiguity.fit(losses, torch.ones_like(losses), unit=one, step_size=one)
         assert rule.ratio(losses[:3], torch.ones_like(losses[:3])).shape == (3,)
 
 
-@pytest.mark.parametrize("shape", [(0, 4), (0, _linear._LONG), (2, 0, _linear._LONG)])
+@pytest.mark.parametrize("shape", [(0, 4), (0, _elimination._SEVERAL), (2, 0, _elimination._SEVERAL)])
 @each_typical
 def test_no_rows(ambiguity: AmbiguitySet, shape: tuple[int, ...]) -> None:
     assert ambiguity.solve(torch.empty(shape)).ratio.shape == shape

@@ -115,7 +115,7 @@ def _succeeds(family: str, device: torch.device, launch: Callable[[], object]) -
 
 def solve(recipe: Recipe, losses: Tensor, base: Tensor | None, mask: Tensor | None) -> Tensor:
     """The ratio (..., n) in float64 of detached losses."""
-    found: Tensor = torch.ops.robustgrad.worst_ratio.default(losses, base, mask, *recipe)
+    found: Tensor = _worst_ratio(losses, base, mask, *recipe)
     return found
 
 
@@ -137,5 +137,6 @@ _library.impl("worst_ratio", _launch, "CUDA")
 if _INTERPRETED:
     _library.impl("worst_ratio", _launch, "CPU")
 torch.library.register_fake("robustgrad::worst_ratio", _shape, lib=_library)
+_worst_ratio = torch.ops.robustgrad.worst_ratio.default
 if _KERNEL == "cpp":
     _fused.build()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ _GRID_SIZE, _GRID_SIZE_ELSEWHERE = 2**11, 2**18
 _NEWTON_STEPS = 5  # from a bracket that was narrowed
 _MOST_STEPS = 60  # from one that was not; ordinary losses need about 5
 _SETTLED = 1e-7  # a step so small squares to nothing
+_NOTHING = 1e-11  # the step that would follow, as steps shrink with their square
 _LOG2_E = 1 / math.log(2)
 _TALLEST = 30.0  # exponent of the maximum when the losses are centred below it
 _TINY = torch.finfo(torch.float64).tiny
@@ -37,9 +39,9 @@ def inverse_temperature(drop: Tensor, problem: Problem, radius: float) -> Tensor
     by a bisection if it leaves the bracket. Where the values may not be looked at, the bracket is narrowed
     by a fixed factor and a fixed number of steps finishes.
     """
-    curve = _Curve.of(drop, problem, radius)
+    curve = _CurveOfRows.of(drop, problem, radius)
     if not isinstance(curve.best_mass, Tensor):
-        return _newton_of_one(curve)
+        return newton_of_one(curve)
     saturated = radius >= curve.entropy
     left = torch.where(saturated, 1.0, curve.entropy - radius)
     goal = math.log(radius) - left.log()
@@ -52,7 +54,7 @@ def inverse_temperature(drop: Tensor, problem: Problem, radius: float) -> Tensor
     return torch.where(saturated, torch.finfo(u.dtype).tiny ** -0.5, u.exp())
 
 
-def _newton(curve: _Curve, goal: Tensor, low: Tensor, high: Tensor, u: Tensor, look: bool) -> Tensor:
+def _newton(curve: Curve, goal: Tensor, low: Tensor, high: Tensor, u: Tensor, look: bool) -> Tensor:
     settled = torch.zeros_like(u, dtype=torch.bool)
     for _ in range(_MOST_STEPS if look else _NEWTON_STEPS):
         h, slope = curve.at(u.exp())
@@ -71,25 +73,28 @@ def _newton(curve: _Curve, goal: Tensor, low: Tensor, high: Tensor, u: Tensor, l
     return u
 
 
-def _newton_of_one(curve: _Curve) -> float:
+def newton_of_one(curve: Curve, guess: float | None = None) -> float:
     """The same with Python's numbers, which for one row are much cheaper than tensors of one entry."""
     if not curve.radius < curve.entropy:
         return float(curve.entropy + _TINY**-0.5)
     left = curve.entropy - curve.radius
     goal = math.log(curve.radius) - math.log(left)
     low, high, u = curve.bracket(left)
+    u = u if guess is None else min(max(math.log(guess), low), high)
+    before = 0.0
     for _ in range(_MOST_STEPS):
         h, slope = curve.at(math.exp(u))
         low, high = (u, high) if h < goal else (low, u)
         step = (goal - h) / slope if slope > 0.0 else math.inf
         newton = u + step
         u = newton if low <= newton <= high else (low + high) / 2
-        if abs(step) <= _SETTLED:
+        if abs(step) <= _SETTLED or step * step * abs(step) <= _NOTHING * before * before:
             break
+        before = step if u == newton else 0.0
     return math.exp(u)
 
 
-def _narrow(curve: _Curve, goal: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+def _narrow(curve: _CurveOfRows, goal: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     """The bracket 2^10 times narrower. Small problems try many points at once: there the launches cost
     more than the arithmetic."""
     size = _GRID_SIZE if curve.drop.is_cpu else _GRID_SIZE_ELSEWHERE
@@ -104,37 +109,22 @@ def _narrow(curve: _Curve, goal: Tensor, low: Tensor, high: Tensor) -> tuple[Ten
 
 
 @dataclass(eq=False)
-class _Curve:
+class Curve(ABC):
     """The divergence of the tilted distribution as a function of theta.
 
     What is one number per row is a Python float for a single row on the CPU, else a tensor (..., 1); the
     formulas are written once for both.
     """
 
-    problem: Problem
     radius: float
-    drop: Tensor  # (..., n), 0 on excluded entries
-    powers: Tensor  # (..., 3, n): base mass of what is below the maximum, times 1, drop, drop^2
     best_mass: Any
-    entropy: Any
     depth: Any  # mean distance below the maximum
     square: Any  # mean squared distance
     span: Any
     gap: Any  # from the maximum to the next
 
-    @classmethod
-    def of(cls, drop: Tensor, problem: Problem, radius: float) -> _Curve:
-        if problem.valid is not None:
-            drop = torch.where(problem.valid, drop, 0.0)
-        best = drop == 0.0
-        powers = torch.stack((drop.sign().neg_(), drop, drop * drop), -2)
-        powers.mul_(1 / drop.shape[-1] if problem.base is None else problem.base.unsqueeze(-2))
-        ends = drop.amin(-1, keepdim=True), drop.masked_fill(best, -torch.inf).amax(-1, keepdim=True)
-        sums, rest = powers.sum(-1), (*ends, problem.mass(best))
-        one = drop.dim() == 1 and readable(drop)
-        _, mean, square = sums.tolist() if one else _split(sums)
-        lowest, second, mass = (number.item() for number in rest) if one else rest
-        return cls(problem, radius, drop, powers, mass, _entropy(mass), -mean, square, -lowest, -second)
+    def __post_init__(self) -> None:
+        self.entropy = _entropy(self.best_mass)
 
     def bracket(self, left: Any) -> tuple[Any, Any, Any]:
         """log theta, from Var <= range^2 / 4 and from what the two largest values alone would need; and a
@@ -152,11 +142,10 @@ class _Curve:
         """h and dh/du. Centred at the mean, or for large theta a little below the maximum: no overflow."""
         m, small = _functions(theta), _TINY**0.5
         rise = _at_most(theta * self.depth, _TALLEST)
-        y = (self.drop * theta).add_(rise)
-        others, first, second = self._moments(exp(y))
+        others, first, second, growth = self._moments(theta, rise)
         peak = m.exp(rise)
         normaliser = peak * self.best_mass + others
-        log_normaliser = m.log1p(self._growth(y)) if self.radius < _TIGHT else m.log(normaliser)
+        log_normaliser = m.log(normaliser) if growth is None else m.log1p(growth)
         fall = theta * first / normaliser
         divergence = _at_least(fall + rise - log_normaliser, small)
         # What is left up to saturation, as a sum of positive terms.
@@ -164,18 +153,50 @@ class _Curve:
         variance = theta * theta * second / normaliser - fall * fall
         return m.log(divergence / left), variance * self.entropy / (divergence * left)
 
-    def _moments(self, tilted: Tensor) -> Any:
-        if tilted.is_cpu and self.radius >= _TIGHT:
+    @property
+    def tight(self) -> bool:
+        """Whether the divergence would drown in the rounding of the normaliser."""
+        return self.radius < _TIGHT
+
+    @abstractmethod
+    def _moments(self, theta: Any, rise: Any) -> Any:
+        """Over what is below the maximum, of exp(theta drop + rise): the mean, with drop and with its square. And the
+        mean of all less 1, without cancellation, if that is asked for."""
+
+
+@dataclass(eq=False)
+class _CurveOfRows(Curve):
+    problem: Problem
+    drop: Tensor  # (..., n), 0 on excluded entries
+    powers: Tensor  # (..., 3, n): base mass of what is below the maximum, times 1, drop, drop^2
+
+    @classmethod
+    def of(cls, drop: Tensor, problem: Problem, radius: float) -> _CurveOfRows:
+        if problem.valid is not None:
+            drop = torch.where(problem.valid, drop, 0.0)
+        best = drop == 0.0
+        powers = torch.stack((drop.sign().neg_(), drop, drop * drop), -2)
+        powers.mul_(1 / drop.shape[-1] if problem.base is None else problem.base.unsqueeze(-2))
+        ends = drop.amin(-1, keepdim=True), drop.masked_fill(best, -torch.inf).amax(-1, keepdim=True)
+        sums, rest = powers.sum(-1), (*ends, problem.mass(best))
+        one = drop.dim() == 1 and readable(drop)
+        _, mean, square = sums.tolist() if one else _split(sums)
+        lowest, second, mass = (number.item() for number in rest) if one else rest
+        return cls(radius, mass, -mean, square, -lowest, -second, problem, drop, powers)
+
+    def _moments(self, theta: Any, rise: Any) -> Any:
+        y = (self.drop * theta).add_(rise)
+        tilted = exp(y)
+        if tilted.is_cpu and not self.tight:
             found = torch.matmul(self.powers, tilted.unsqueeze(-1)).squeeze(-1)
         else:
             # torch sums in pairs, which loses less; and cuBLAS would refuse to be deterministic.
             found = (self.powers * tilted.unsqueeze(-2)).sum(-1)
-        return found.tolist() if isinstance(self.depth, float) else _split(found)
-
-    def _growth(self, y: Tensor) -> Any:
         # expm1 keeps what a difference of exponentials near 1 would lose.
-        growth = self.problem.expect(y.expm1_())
-        return growth.item() if isinstance(self.depth, float) else growth
+        growth = self.problem.expect(y.expm1_()) if self.tight else None
+        if not isinstance(self.depth, float):
+            return *_split(found), growth
+        return *found.tolist(), growth if growth is None else growth.item()
 
 
 def _entropy(best_mass: Any) -> Any:

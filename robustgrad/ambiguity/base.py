@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from . import _kernel
+from . import _kernel, _one_row
 from ._problem import Problem
 from ._transformed import Transformed, transformed
 
@@ -45,8 +45,9 @@ class WorstCase:
         return self.asked if isinstance(self.asked, Problem) else Problem.unchecked(*self.asked)
 
     def _out(self, tensor: Tensor) -> Tensor:
-        given = (self.asked.given if isinstance(self.asked, Problem) else self.asked.losses).dtype
-        return tensor.to(torch.float64 if given == torch.float64 else torch.float32)
+        given = self.asked[0]  # the losses as they were
+        # Half the cost of a call of `to`.
+        return tensor.double() if given.dtype == torch.float64 else tensor.float()
 
     def _wide_weights(self) -> Tensor:
         base = self.problem.base
@@ -156,9 +157,13 @@ class AmbiguitySet(ABC):
             asked = Asked.of(losses, base, mask)
             ratio = Transformed.apply(self._wide_ratio, *asked)  # type: ignore[no-untyped-call]  # torch leaves it untyped
             return WorstCase(self, asked, ratio)
-        if _kernel.solves(losses) and (recipe := self._recipe()) and _kernel.takes(recipe, losses):
+        recipe = self._recipe()
+        if recipe is not None:
             asked = Asked.of(losses, base, mask)
-            return WorstCase(self, asked, _kernel.solve(recipe, *asked))
+            if _kernel.solves(losses) and _kernel.takes(recipe, losses):
+                return WorstCase(self, asked, _kernel.solve(recipe, *asked))
+            if base is None and mask is None and (ratio := _one_row.solve(recipe, asked.losses)) is not None:
+                return WorstCase(self, asked, ratio)
         problem = Problem.unchecked(losses, base, mask)
         return WorstCase(self, problem, problem.finish(self._worst_case(problem)))
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from ._elimination import line
 from ._kernel import Recipe
-from ._linear import Limit, Line, line
+from ._linear import Limit, Line
 from ._problem import Problem
 from .base import AmbiguitySet, PlainRule, Rule
 

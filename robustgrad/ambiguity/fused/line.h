@@ -4,7 +4,6 @@
 
 #include <cmath>
 #include <utility>
-#include <vector>
 
 #include "row.h"
 
@@ -103,17 +102,11 @@ Above eliminate(const Row<Weight>& row, Limit limit, double edge) {
 template <typename Weight>
 double beginning(const Row<Weight>& row, Limit limit) {
   if (row.n < kLong) return -kInf;
-  const int64_t size = row.n / 16;
-  std::vector<double> values(size), weights(size);
-  double total = 0;
-  for (int64_t i = 0; i < size; ++i) {
-    values[i] = row.value[16 * i];
-    total += weights[i] = row.weight[16 * i];
-  }
-  const Row<const double*> some{values.data(), weights.data(), size, total > 0 ? total : 1.0};
+  Sample sample(row, 16);
+  const auto some = sample.row();
   const auto above = eliminate(some, limit, -kInf);
   const double rise = above.first - above.least * above.zeroth;
-  return std::min(above.least - 4 * rise / std::sqrt(static_cast<double>(size)), -kTiny);
+  return std::min(above.least - 4 * rise / std::sqrt(static_cast<double>(some.n)), -kTiny);
 }
 
 template <typename Weight>

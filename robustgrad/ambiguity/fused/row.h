@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <vector>
 
 namespace robustgrad {
 
@@ -32,6 +33,25 @@ struct Row {
   Weight weight;
   int64_t n;
   double total;
+};
+
+// One in `stride` losses of a long row, as a row of its own.
+struct Sample {
+  std::vector<double> value, weight;
+  double total = 0;
+
+  template <typename Weight>
+  Sample(const Row<Weight>& row, int64_t stride) {
+    for (int64_t i = 0; i < row.n; i += stride) {
+      value.push_back(row.value[i]);
+      weight.push_back(row.weight[i]);
+      total += weight.back();
+    }
+  }
+
+  Row<const double*> row() {
+    return {value.data(), weight.data(), static_cast<int64_t>(value.size()), total > 0 ? total : 1.0};
+  }
 };
 
 template <typename Weight, typename Function>

@@ -1,6 +1,7 @@
 // Exponential tilting, for KL; the formulas are those of `_tilting.py`.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <utility>
 
@@ -65,28 +66,46 @@ std::pair<double, double> curve(const Row<Weight>& row, double theta, double bes
   return {std::log(divergence / left), -variance * std::log(best) / (divergence * left)};
 }
 
-// theta with KL(p exp(theta drop) || p) = radius; beyond every gap where none reaches it.
+// theta with KL(p exp(theta drop) || p) = radius; beyond every gap where none reaches it. In a long row Newton's steps
+// begin at that of a sample.
 template <typename Weight>
 double inverse_temperature(const Row<Weight>& row, double radius) {
-  const double best = mass_of_top(row, 0.0), left = -std::log(best) - radius;
+  const auto [value, weight, n, total] = row;
+  double best = 0, depth = 0, square = 0, span = 0, gap = kInf;
+#pragma omp simd reduction(+ : best, depth, square) reduction(max : span) reduction(min : gap)
+  for (int64_t i = 0; i < n; ++i) {
+    const double v = value[i];
+    best += v < 0 ? 0.0 : weight[i];
+    depth -= weight[i] * v;
+    square += weight[i] * v * v;
+    span = larger(span, -v);
+    gap = lesser(gap, v < 0 ? -v : kInf);
+  }
+  best /= total, depth /= total, square /= total;
+  const double left = -std::log(best) - radius, variance = square - depth * depth;
   if (!(left > 0)) return 1 / kSmall;
-  const double depth = -expect(row, [](double v) { return v; }), span = -least_where(row, [](double) { return true; });
-  double gap = kInf;
-  for (int64_t i = 0; i < row.n; ++i) gap = row.value[i] < 0 ? lesser(gap, -row.value[i]) : gap;
-  const double variance = expect(row, [](double v) { return v * v; }) - depth * depth;
   const double odds = std::max(1.22 * (1 - best) / (best * left), kSmall);
   double low = 0.5 * std::log(8 * radius) - std::log(std::max(span, kSmall));
   double high = std::log(std::max(2 * std::log(odds), 1.0)) - std::log(std::max(gap, kSmall));
   high = std::max(low, high);
   double u = 0.5 * (std::log(2 * radius) - std::log(std::max(variance, kSmall)));
+  if (row.n >= 2 * kLong) {
+    Sample sample(row, 16);
+    const double top = *std::max_element(sample.value.begin(), sample.value.end());
+    replace(sample.row(), [=](double v) { return v - top; });
+    u = std::log(inverse_temperature(sample.row(), radius));
+  }
   u = std::min(std::max(u, low), high);
   const double goal = std::log(radius) - std::log(left);
+  double before = 0;
   for (int step = 0; step < 60; ++step) {
     const auto [h, slope] = curve(row, std::exp(u), best, depth, radius < 1e-4);
     (h < goal ? low : high) = u;
     const double move = (goal - h) / std::max(slope, 1e-300), newton = u + move;
     u = newton >= low && newton <= high ? newton : (low + high) / 2;
-    if (std::abs(move) <= 1e-7) break;
+    // A step so small squares to nothing; and steps shrink with their square, so that the next one can be told.
+    if (std::abs(move) <= 1e-7 || std::abs(move * move * move) <= 1e-11 * before * before) break;
+    before = u == newton ? move : 0;
   }
   return std::exp(u);
 }
