@@ -121,3 +121,10 @@ def test_nothing_is_tried_while_torch_traces() -> None:
     for found in (untried, by_trace()):
         torch.testing.assert_close(found, want, rtol=2e-6, atol=2e-6)
     assert traced == [False, True]
+
+
+def test_very_many_long_rows_fit_into_a_grid() -> None:
+    many = torch.empty(70_000, 4097, device="meta")
+    grid = launch_long_rows._Passes(many, None, None, "top", len(many), 2).grid(both=True)
+    assert grid[0] == 70_000
+    assert max(grid[1:]) < 2**16

@@ -78,6 +78,9 @@ class _Passes:
             self.one(tilt, self.parts, states, tail=(step, self.passes, radius), B=blocks)
         self.one(normalise, self.parts, states, tail=(self.passes, radius), B=blocks)
 
+    def grid(self, both: bool) -> tuple[int, int, int]:
+        # Only the first may be more than 65,535.
+        return self.rows, self.blocks, self.thresholds if both else 1
+
     def one(self, kernel: Any, *places: Tensor, tail: tuple[float, ...] = (), both: bool = False, **meta: Any) -> None:
-        grid = (self.blocks, self.rows, self.thresholds if both else 1)
-        kernel[grid](*self.losses, *places, self.n, *self.steps, *tail, **meta, **self.flags, num_warps=8)
+        kernel[self.grid(both)](*self.losses, *places, self.n, *self.steps, *tail, **meta, **self.flags, num_warps=8)

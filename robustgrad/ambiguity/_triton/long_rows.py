@@ -41,7 +41,7 @@ def survey(
     losses, base, mask, parts, n, base_step, mask_step,
     FULL: tl.constexpr, BASED: tl.constexpr, MASKED: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    row, block, blocks = tl.program_id(1).to(tl.int64), tl.program_id(0), tl.num_programs(0)
+    row, block, blocks = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     lowest: tl.constexpr = -1.7976931348623157e308 if FULL else -8.034690221294951e59
     top = tl.full((T,), lowest, tl.float64)
     bottom, finite = tl.full((T,), float("inf"), tl.float64), tl.full((T,), float("inf"), tl.float64)
@@ -81,8 +81,8 @@ def gather(
     SHIFT: tl.constexpr, T: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """What lies above the threshold and on it."""
-    row, block, blocks = tl.program_id(1).to(tl.int64), tl.program_id(0), tl.num_programs(0)
-    which, rows = tl.program_id(2), tl.num_programs(1)
+    row, block, blocks = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    which, rows = tl.program_id(2), tl.num_programs(0)
     amount = tl.where(which == 0, first, third)
     survey = parts + row * blocks * LANES
     top, finite = largest(survey, TOP, blocks, B), smallest(survey, FINITE, blocks, B)
@@ -117,7 +117,7 @@ def moment(
     SECOND: tl.constexpr, T: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """E(l - least)_+ of the active losses or, that known, their variance: one after the other, so nothing cancels."""
-    row, block, blocks = tl.program_id(1).to(tl.int64), tl.program_id(0), tl.num_programs(0)
+    row, block, blocks = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     parts += row * blocks * LANES
     top, finite = largest(parts, TOP, blocks, B), smallest(parts, FINITE, blocks, B)
     least = smallest(parts, LEAST, blocks, B)
@@ -196,8 +196,8 @@ def write(
     T: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """The ratio."""
-    row, block, blocks = tl.program_id(1).to(tl.int64), tl.program_id(0), tl.num_programs(0)
-    other = parts + (tl.num_programs(1) + row) * blocks * LANES
+    row, block, blocks = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    other = parts + (tl.num_programs(0) + row) * blocks * LANES
     parts += row * blocks * LANES
     top, finite = largest(parts, TOP, blocks, B), smallest(parts, FINITE, blocks, B)
     total, bad = weight_of(parts, blocks, B), largest(parts, SPOILT, blocks, B) > 0.0

@@ -32,7 +32,7 @@ def reach(
     FULL: tl.constexpr, BASED: tl.constexpr, MASKED: tl.constexpr, T: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """Mass on the maximum; mean distance below it, mean square, and the distance to the next loss."""
-    row, block, blocks = tl.program_id(1).to(tl.int64), tl.program_id(0), tl.num_programs(0)
+    row, block, blocks = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     parts += row * blocks * LANES
     top, finite = largest(parts, TOP, blocks, B), smallest(parts, FINITE, blocks, B)
     best, depth, square = tl.zeros((T,), tl.float64), tl.zeros((T,), tl.float64), tl.zeros((T,), tl.float64)
@@ -95,7 +95,7 @@ def tilt(
     FULL: tl.constexpr, BASED: tl.constexpr, MASKED: tl.constexpr, T: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """The sums of the curve at the guess, while it has not settled."""
-    row, block, blocks = tl.program_id(1).to(tl.int64), tl.program_id(0), tl.num_programs(0)
+    row, block, blocks = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     parts += row * blocks * LANES
     states += row * 4 * passes
     low, high, u, settled, _saturated, depth = _state(parts, states, step, radius, blocks, FULL, B)
@@ -127,7 +127,7 @@ def normalise(
     FULL: tl.constexpr, BASED: tl.constexpr, MASKED: tl.constexpr, T: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """The inverse temperature that was found, and the normaliser there."""
-    row, block, blocks = tl.program_id(1).to(tl.int64), tl.program_id(0), tl.num_programs(0)
+    row, block, blocks = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     parts += row * blocks * LANES
     found = _state(parts, states + row * 4 * passes, passes, radius, blocks, FULL, B)
     theta = tl.where(found[4], BEYOND, tl.exp(found[2]))

@@ -64,8 +64,8 @@ def search(
     SHIFT: tl.constexpr, T: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """Sums above 16 thresholds that part the bracket, while there is one to part."""
-    row, block, blocks = tl.program_id(1).to(tl.int64), tl.program_id(0), tl.num_programs(0)
-    which, rows = tl.program_id(2), tl.num_programs(1)
+    row, block, blocks = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    which, rows = tl.program_id(2), tl.num_programs(0)
     amount = tl.where(which == 0, first, third)
     survey = parts + row * blocks * LANES
     top, finite = largest(survey, TOP, blocks, B), smallest(survey, FINITE, blocks, B)
