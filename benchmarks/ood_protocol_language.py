@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import transformers
 from evidence.features import cache_folder
-from evidence.language import BATCH, LEARNING_RATE, Texts, Training, run_language, swapped
+from evidence.language import BATCH, LEARNING_RATE, Averaged, Texts, Training, run_language, swapped
 from evidence.methods import METHODS
 from evidence.protocol import Protocol
 from evidence.runs import append_rows, read_rows
@@ -52,17 +52,26 @@ def shortened(task: Task, texts: Texts, most: int) -> tuple[Task, Texts]:
 
 def loader(args: argparse.Namespace) -> Callable[[int], Scorer]:
     name = {"minilm": packaged_model, "smollm2": lambda: smollm2(args.cache)}.get(args.model, lambda: args.model)()
-    tokenizer = load_tokenizer(name)
+    tokenizer, kind = load_tokenizer(name), Averaged if args.model == "minilm" else Scorer
     precision = torch.autocast(args.device, torch.bfloat16, enabled=args.bfloat16)
 
     def load(seed: int) -> Scorer:
-        scorer = Scorer(name, tokenizer, torch.device(args.device), seed)
+        scorer = kind(name, tokenizer, torch.device(args.device), seed)
+        lighten(scorer.model)
         if args.full:
             scorer.model = scorer.model.unload().requires_grad_()
         scorer.model.forward = precision(scorer.model.forward)  # the model alone: losses and weights are float32
         return scorer
 
     return load
+
+
+def lighten(model: torch.nn.Module) -> None:
+    """No dropout, and attention by matrix products: on a CPU that halves the time of a step."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model.get_base_model().set_attn_implementation("eager")
 
 
 def smollm2(cache: Path) -> str:

@@ -93,8 +93,13 @@ class Scorer:
         """Rewards (n,) of the chosen and of the rejected responses, in one forward pass."""
         ids = [chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs]
         inputs = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(self.model.device)
-        chosen, rejected = self.model(**inputs).logits.squeeze(-1).float().chunk(2)
+        chosen, rejected = self.rewards(inputs).squeeze(-1).float().chunk(2)
         return chosen, rejected
+
+    def rewards(self, inputs: transformers.BatchEncoding) -> Tensor:
+        """(n, 1), as the model's own class computes them."""
+        rewards: Tensor = self.model(**inputs).logits
+        return rewards
 
     def save(self, folder: Path) -> None:
         """Reward head, adapters and tokenizer; the pretrained model is found again by its name."""

@@ -101,6 +101,28 @@ def test_a_language_model_runs_once(
     assert results.right(cell, "TV .1", "mine", "travel").shape == (1, 5)
 
 
+@pytest.mark.model
+@needs_model
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_what_a_language_model_reads(module: Callable[[str], ModuleType], cache: Path) -> None:
+    language, texts = module("ood_protocol_language"), module("evidence.language")
+    pair_of = module("preference_pairs").Pair
+    command = ["--data", "none", "--cache", str(cache)]
+    scorer = language.loader(language.parsed(command))(0)
+    long = pair_of("first " * 30 + "question", "answer " + "more " * 80, "reply", "any")
+    ((chosen, rejected),) = texts.encode(scorer.tokenizer, [long], 32)
+    # The end of the prompt in a quarter of the room, and the beginning of the response.
+    question, answer = "[CLS] first first first first first question [SEP]", "answer" + " more" * 21
+    assert scorer.tokenizer.decode(chosen) == f"{question} {answer} [SEP]"
+    assert scorer.tokenizer.decode(rejected).endswith("first question [SEP] reply [SEP]")
+    # Padding adds nothing to the mean of the states, and nothing is dropped in training.
+    short = texts.encode(scorer.tokenizer, [pair_of("question", "yes", "no", "any")], 32)
+    scorer.model.train()
+    alone, beside = scorer(short)[1], scorer([*short, (chosen, rejected)])[1]
+    torch.testing.assert_close(alone, beside[:1], rtol=1e-4, atol=1e-5)
+    assert torch.equal(alone, scorer(short)[1])
+
+
 def test_rows_of_other_data_do_not_mix(
     module: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,6 +37,7 @@ def claims(results: Results) -> dict[str, bool]:
 
 def _of_methods(results: Results) -> dict[str, bool]:
     linear, noisy, mlp = (Comparison(results, CELLS[name]) for name in ("linear", "noisy", "mlp"))
+    lora, full = (Comparison(results, CELLS[name]) for name in ("lora", "full"))
     noisy_mlp, alone = (Comparison(results, CELLS[name]) for name in ("noisy mlp", "noise alone"))
     none, human, human_mlp = (Shifted(results, cell) for cell in (CELLS["no conflict"], HUMAN, HUMAN_MLP))
     sets = [m for m in linear.others if m.startswith(("TV", "chi-square", "KL", "CVaR")) and "domains" not in m]
@@ -91,10 +92,18 @@ def _of_methods(results: Results) -> dict[str, bool]:
         "the MLP serves both better": mlp.value("plain", "worst") > linear.value("plain", "worst"),
         "micro-batches of 1 are plain": abs(linear.gain("TV .1, batch 1", MINORITY).mean) < 0.002,
         "the memory is not": linear.gain("TV .1, memory 1", MINORITY).low > 0.002,
-        "fine-tuned encoders did not learn the known score": all(
-            Comparison(results, CELLS[name]).accuracy("plain", MAJORITY) < 0.75 for name in ("lora", "full")
-        ),
-        "nor did SmolLM2 the human labels": Comparison(results, CELLS["tier c"]).value("plain", "accuracy") < 0.6,
+        "LoRA learned the majority's score": lora.accuracy("plain", MAJORITY) > 0.75,
+        "with it a small radius is nearly free": lora.more_loss("TV .1").high < 0
+        and abs(lora.gain("TV .1", MAJORITY).mean) < 0.01
+        and abs(lora.value("TV .1", "loss") - lora.value("plain", "loss")) < 0.01
+        and lora.value("TV .1", "ece") < lora.value("plain", "ece"),
+        "sets do not serve its minority, weights do": all(
+            lora.gain(method, MINORITY).low < 0 for method in ("TV .1", "chi-square .1")
+        )
+        and lora.gain(weights, MINORITY).low > 0 > lora.gain(weights, MAJORITY).high,
+        "nor with all weights of the encoder": full.value("TV .1", "tv10") < full.value("plain", "tv10")
+        and all(full.gain("TV .1", which).low < 0 for which in (MINORITY, MAJORITY)),
+        "SmolLM2 did not learn the human labels": Comparison(results, CELLS["tier c"]).value("plain", "accuracy") < 0.6,
         "heads hardly learn the human labels": human.value("plain", "accuracy") < 0.55,
         "large radii pull towards a guess": human.on(large, "eval_llmbar").low > 0
         and human.on(large, "eval_safety_xstest").high < 0,

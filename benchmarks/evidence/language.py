@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from lora_scorer import Encoded, Scorer, encode
+import transformers
+from lora_scorer import Encoded, Scorer
 from preference_pairs import Pair
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from .runs import Row, rounded
 from .tasks import Task
 
 BATCH = 16
-LEARNING_RATE = {"LoRA": 1e-3, "full": 1e-4}
+LEARNING_RATE = {"LoRA": 3e-4, "full": 1e-4}
 
 
 class Training(NamedTuple):
@@ -42,6 +43,31 @@ def swapped(pairs: Sequence[Pair], swap: Tensor) -> list[Pair]:
         Pair(p.prompt, p.rejected, p.chosen, p.domain) if other else p
         for p, other in zip(pairs, swap.tolist(), strict=True)
     ]
+
+
+def encode(tokenizer: transformers.PreTrainedTokenizerBase, pairs: Sequence[Pair], max_length: int) -> list[Encoded]:
+    """The end of the prompt, in a quarter of the room, and the beginning of the response: as the features have it."""
+    room = max_length // 4
+
+    def tokens(texts: list[str], side: str, most: int) -> list[list[int]]:
+        tokenizer.truncation_side = side
+        return tokenizer(texts, truncation=True, max_length=most)["input_ids"]
+
+    prompts = tokens([pair.prompt for pair in pairs], "left", room)
+    chosen = tokens([pair.chosen for pair in pairs], "right", max_length - room)
+    rejected = tokens([pair.rejected for pair in pairs], "right", max_length - room)
+    begins = int(tokenizer.cls_token_id is not None)  # a response begins no text
+    return [(p + a[begins:], p + b[begins:]) for p, a, b in zip(prompts, chosen, rejected, strict=True)]
+
+
+class Averaged(Scorer):
+    """Of the mean of the last hidden states, as MiniLM was trained to be read; its first token's was not."""
+
+    def rewards(self, inputs: transformers.BatchEncoding) -> Tensor:
+        hidden = self.model(**inputs, output_hidden_states=True).hidden_states[-1].float()
+        real = inputs["attention_mask"][..., None]
+        rewards: Tensor = self.model.classifier((hidden * real).sum(1) / real.sum(1))
+        return rewards
 
 
 def run_language(
