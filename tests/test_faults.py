@@ -189,7 +189,7 @@ def test_a_storm_of_nonfinite_losses_passes(ambiguity: AmbiguitySet, pool: str) 
         hit = torch.where(bad, kinds[torch.randint(3, (32,), generator=draw)], losses).requires_grad_()
         spared = losses.requires_grad_()
         stormy(hit).sum().backward()
-        calm(spared, mask=~bad).sum().backward()
+        calm(spared, mask=~bad if bad.any() else None).sum().backward()  # rows with a mask are solved another way
         if pool == "memory":
             assert hit.grad[bad].isnan().all() and torch.equal(hit.grad[~bad], spared.grad[~bad])
         else:
