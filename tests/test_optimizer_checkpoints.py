@@ -223,9 +223,14 @@ def test_parameters_in_the_groups_can_be_replaced() -> None:
 @pytest.fixture
 def accelerator() -> Iterator[Any]:
     accelerate = pytest.importorskip("accelerate")
+
+    def forget() -> None:
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+        accelerate.state.GradientState._reset_state()
+
+    forget()  # A trainer of another test may have left a loader at its end, where every call is a step.
     yield accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    accelerate.state.GradientState._reset_state()
+    forget()
 
 
 def accelerated(accelerator: Any, model: nn.Module, optimizer: Any, scheduler: Any, seed: int = 0) -> None:
