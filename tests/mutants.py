@@ -50,7 +50,7 @@ OPERATORS = re.compile(
 # Not drawn, because no answer can show them: where a search begins, from which a better place is found in any case, ...
 STARTS = {"_zero_of_sample", "stride", "bracket", "_narrow"}
 # ... and the sizes from which another way to the same answer is the quicker one.
-SIZES = {"_SEVERAL", "LONG", "_BLOCK", "_PASSES", "_GRID_SIZE", "_GRID_SIZE_ELSEWHERE", "_MOST_STEPS"}
+SIZES = {"_SEVERAL", "LONG", "BLOCK", "_BLOCK", "_PASSES", "_GRID_SIZE", "_GRID_SIZE_ELSEWHERE", "_MOST_STEPS"}
 
 OF_SETS = ("threshold", "ambiguity_edges", "ambiguity_scale", "ambiguity_effort", "ambiguity_sizes")
 QUICK = {

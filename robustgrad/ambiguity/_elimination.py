@@ -23,7 +23,7 @@ Given: TypeAlias = npt.NDArray[np.floating]
 
 _SEVERAL = 1024  # losses in a row from which on a CPU takes many rows one by one rather than sort them
 LONG = 16384  # losses in a row from which on a sample tells where to begin
-_BLOCK = 16384  # losses looked at together: what is computed from them stays in the cache
+BLOCK = 16384  # losses looked at together: what is computed from them stays in the cache
 _PASSES = 24  # of elimination; ordinary losses need about 6
 
 _SLACK = 1e-12  # beyond the rounding of sums over millions
@@ -112,7 +112,10 @@ def line(drop: Tensor, base: Tensor | None, limit: Limit) -> Line:
 def line_of_row(drop: Array, base: Array | None, limit: Limit) -> Line:
     found = None
     if len(drop) >= LONG:
-        found = line_of_long_row(drop, limit) if base is None else _line_of_long_weighted_row(drop, base, limit)
+        if base is None:
+            found = line_of_long_row(drop, drop.min().item(), drop.max().item(), limit)
+        else:
+            found = _line_of_long_weighted_row(drop, base, limit)
     found = found or _eliminate(_Left.row(drop, base), limit)
     if found is None:
         scanned = scan(torch.from_numpy(drop), None if base is None else torch.from_numpy(base), limit)
@@ -120,10 +123,9 @@ def line_of_row(drop: Array, base: Array | None, limit: Limit) -> Line:
     return found
 
 
-def line_of_long_row(losses: Given, limit: Limit) -> Line | None:
-    """The line over the losses as they are: a sample brackets where it reaches 0, one pass sums what lies above the
-    bracket, and only what lies inside is searched. None where the sample misleads."""
-    least, top = losses.min(), losses.max()
+def line_of_long_row(losses: Given, least: float, top: float, limit: Limit) -> Line | None:
+    """The line over the losses as they are, which go from `least` to `top`: a sample brackets where it reaches 0, one
+    pass sums what lies above the bracket, and only what lies inside is searched. None where the sample misleads."""
     zero, margin = _zero_of_sample(losses, None, limit)
     for width in (3 * margin, 12 * margin):
         # In the losses' own type, so that they are compared without being widened.
@@ -140,8 +142,9 @@ def line_of_long_row(losses: Given, limit: Limit) -> Line | None:
 
 def _line_of_long_weighted_row(drop: Array, base: Array, limit: Limit) -> Line | None:
     zero, margin = _zero_of_sample(drop, base, limit)
-    left = _Left.row(drop, base).only(drop > zero - 4 * margin)
-    return _eliminate(left, limit) if left.zero(limit) >= zero - 4 * margin else None
+    edge = zero - 4 * margin
+    left = _Left.row(drop, base).only(drop > edge)
+    return _eliminate(left, limit) if left.zero(limit) >= edge else None
 
 
 def stride(n: int) -> int:
@@ -164,9 +167,9 @@ def _zero_of_sample(losses: Given, base: Array | None, limit: Limit) -> tuple[fl
 def _parted(losses: Given, low: float, high: float, squares: bool) -> tuple[Given, tuple[float, float, float]]:
     """What lies from `low` to `high`; and of what lies above: how many, their distance from `high` and its square."""
     found, many, first, second = [], 0, 0.0, 0.0
-    room = np.empty(min(_BLOCK, len(losses)))
-    for start in range(0, len(losses), _BLOCK):
-        block = losses[start : start + _BLOCK]
+    room = np.empty(min(BLOCK, len(losses)))
+    for start in range(0, len(losses), BLOCK):
+        block = losses[start : start + BLOCK]
         above = np.greater(block, high)
         many += int(np.count_nonzero(above))
         found.append(block.compress(np.greater_equal(block, low) ^ above))

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from .._checks import readable
-from ._elimination import LONG, Array, Given, line_of_long_row, line_of_row
+from ._elimination import BLOCK, LONG, Array, Given, line_of_long_row, line_of_row
 from ._kernel import Recipe
 from ._linear import Limit, Line
 from ._tilted_row import inverse_temperature, tilted
 
 _NARROWEST, _WIDEST = 1e-70, 1e100  # range of losses whose squares are safe
-_BLOCK = 16384  # losses worked on together: they stay in the cache
 
 
 def solve(recipe: Recipe, losses: Tensor) -> Tensor | None:
@@ -76,16 +75,16 @@ def _near(given: Given, least: float, top: float, price: float) -> Array:
 
 
 def _ball(given: Given, least: float, top: float, radius: float) -> Array:
-    return _linear(given, top, Limit(radius))
+    return _linear(given, least, top, Limit(radius))
 
 
 def _price(given: Given, least: float, top: float, price: float) -> Array | None:
     # Where the line is so steep that it overflows, torch's infinities are in order.
-    return _linear(given, top, Limit(0.0, price)) if (top - least) / _WIDEST < price else None
+    return _linear(given, least, top, Limit(0.0, price)) if (top - least) / _WIDEST < price else None
 
 
-def _linear(given: Given, top: float, limit: Limit) -> Array:
-    found = line_of_long_row(given, limit) if len(given) >= LONG else None
+def _linear(given: Given, least: float, top: float, limit: Limit) -> Array:
+    found = line_of_long_row(given, least, top, limit) if len(given) >= LONG else None
     if found is not None:
         return _on_line(given, found)
     drop = np.subtract(given, top, dtype=np.float64)
@@ -94,9 +93,9 @@ def _linear(given: Given, top: float, limit: Limit) -> Array:
 
 def _on_line(losses: Given, line: Line) -> Array:
     least, ratio = np.float64(line.least), np.empty(len(losses))
-    for start in range(0, len(losses), _BLOCK):
-        part = ratio[start : start + _BLOCK]
-        np.subtract(losses[start : start + _BLOCK], least, out=part)
+    for start in range(0, len(losses), BLOCK):
+        part = ratio[start : start + BLOCK]
+        np.subtract(losses[start : start + BLOCK], least, out=part)
         # Where the budget is just used up the line is flat, and only the order tells who is active.
         active = part >= 0.0
         part *= line.slope

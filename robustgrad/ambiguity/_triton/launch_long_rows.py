@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import five, power, readable, steps
 from . import long_rows as kernels
-from . import readable
 from .long_tilt import normalise, reach, tilt
 from .parts import LANES
 from .search import search
@@ -27,7 +27,7 @@ def launch(losses: Tensor, base: Tensor | None, mask: Tensor | None, kind: str, 
     rows = losses.numel() // n
     ratio = torch.empty(losses.shape, dtype=torch.float64, device=losses.device)
     if rows:
-        first, second, third, fourth, fifth = [*numbers, *[0.0] * (5 - len(numbers))]
+        first, second, third, fourth, fifth = five(numbers)
         passes = _Passes(losses.contiguous(), base, mask, kind, rows, 2 if fourth > 0.0 else 1)
         # Triton launches on the current device, which need not be that of the losses.
         with torch.cuda.device_of(losses):  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -49,10 +49,10 @@ class _Passes:
         self.parts = losses.new_empty(thresholds * rows * self.blocks * LANES.value, dtype=torch.float64)
         self.ends = losses.new_empty(thresholds * rows * 2 * (self.passes + 1), dtype=torch.int64)
         self.losses = (losses, *(losses if given is None else readable(given) for given in (base, mask)))
-        self.steps = [0 if given is None or given.dim() == 1 else n for given in (base, mask)]
+        self.steps = steps((base, mask), n)
         full = losses.dtype == torch.float64
         self.flags = {"FULL": full, "BASED": base is not None, "MASKED": mask is not None, "T": _TILE}
-        self.reduced: dict[str, Any] = {"KIND": kind, "B": max(2, 1 << (self.blocks - 1).bit_length())}
+        self.reduced: dict[str, Any] = {"KIND": kind, "B": power(self.blocks, least=2)}
         self.keyed = {"SHIFT": shift}
 
     def run(self, ratio: Tensor, numbers: tuple[float, ...]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import readable
+from . import five, power, readable
 from .memory_learn import learn
 from .memory_meet import meet
 
@@ -16,8 +16,8 @@ def launch_meet(
     losses: Tensor, scores: Tensor | None, base: Tensor | None, mask: Tensor | None, alone: Tensor | None,
     ring: Tensor, mass: Tensor, numbers: Tensor, seen: Tensor, nonfinite: Tensor, kind: str,
 ) -> Tensor:  # fmt: skip
-    n, width = len(losses), _power(len(ring)) if kind in ("top", "near") else 16
-    rows = min(max(1, _TILE // width), _power(n))
+    n, width = len(losses), power(len(ring)) if kind in ("top", "near") else 16
+    rows = min(max(1, _TILE // width), power(n))
     ratio = torch.empty(n, dtype=torch.promote_types(losses.dtype, torch.float32), device=losses.device)
     with torch.cuda.device_of(losses):  # type: ignore[no-untyped-call]  # torch leaves it untyped
         meet[(-(-n // rows),)](
@@ -39,20 +39,14 @@ def launch_learn(
     recipe: list[float],
 ) -> None:  # fmt: skip
     b, m = seen.shape[1], len(ring)
-    kept = _power(len(new_ring))
+    kept = power(len(new_ring))
     with torch.cuda.device_of(ring):  # type: ignore[no-untyped-call]  # torch leaves it untyped
         learn[(1,)](
             *(seen, ring, mass, new_ring, new_mass, numbers),
             *(seen.stride(0), m, b, m + b - len(new_ring)),
-            *recipe,
-            *[0.0] * (5 - len(recipe)),
+            *five(recipe),
             KIND=kind,
-            N=_power(m + b),
+            N=power(m + b),
             KEPT=kept,
             num_warps=min(16, max(4, kept // 128)),
         )
-
-
-def _power(n: int) -> int:
-    """The next power of two, 16 or more."""
-    return max(16, 1 << (n - 1).bit_length())

@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from . import readable
+from . import five, power, readable, steps
 from .rows import solve_rows
 
 _TILE = 1024  # losses in a program, where rows are shorter
@@ -24,8 +24,8 @@ class Tile(NamedTuple):
 
     @classmethod
     def of(cls, rows: int, n: int) -> Tile:
-        width = max(16, triton.next_power_of_2(n))
-        height = min(max(1, _TILE // width), triton.next_power_of_2(rows))
+        width = power(n)
+        height = min(max(1, _TILE // width), power(rows, least=1))
         return cls(height, width, min(16, max(1, height * width // (32 * _PER_THREAD))))
 
 
@@ -43,9 +43,8 @@ def launch(losses: Tensor, base: Tensor | None, mask: Tensor | None, kind: str, 
         ratio,
         rows,
         n,
-        *(0 if given is None or given.dim() == 1 else n for given in (base, mask)),
-        *numbers,
-        *[0.0] * (5 - len(numbers)),
+        *steps((base, mask), n),
+        *five(numbers),
     )
     # Triton launches on the current device, which need not be that of the losses.
     with torch.cuda.device_of(losses):  # type: ignore[no-untyped-call]  # torch leaves it untyped
