@@ -190,6 +190,24 @@ def test_long_rows_that_mislead(ambiguity: AmbiguitySet, name: str) -> None:
 
 
 @of_cpp
+@pytest.mark.parametrize("radius", [1e-6, 1e-3, 0.3, 2.0])
+def test_kl_of_a_long_row_is_exact(radius: float) -> None:
+    """Its series around the answer of a sample leaves out less than 1e-9 of the inverse temperature."""
+    several = torch.randn(12, 20_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for losses in (several, several[:2].exp().float()):
+        got, want = KL(radius).solve(losses).wide_ratio, by_torch(KL(radius), losses, None, None)
+        torch.testing.assert_close(got - 1, want - 1, rtol=1e-8, atol=1e-8 * radius**0.5)
+
+
+@of_cpp
+def test_a_light_loss_beside_nearly_all_the_mass() -> None:
+    losses = inputs._normal(200).reshape(10, 20)
+    base = inputs._uniform(200).reshape(10, 20).where(losses > losses.amin(-1, keepdim=True), 1e-9)
+    ratio = TotalVariation(1e-18).solve(losses, base=base).ratio
+    torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=1e-12, atol=1e-12)
+
+
+@of_cpp
 @pytest.mark.parametrize("case", [*inputs.ORDINARY[:6], *inputs.SCALES, *inputs.WEIGHTED], ids=str)
 def test_at_saturation(case: inputs.Case) -> None:
     for ambiguity in inputs.near_saturation(case):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,7 @@ from robustgrad.ambiguity import (
     _elimination,
     _one_row,
     _sorted,
+    _tilted_row,
     _tilting,
 )
 
@@ -169,6 +171,57 @@ def test_kl_of_one_row_is_that_of_many(radius: float, monkeypatch: pytest.Monkey
         found.append(ways[0](normal(64)))
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("radius", [1e-13, 1e-4, 0.01, 0.5, 3.0])
+@pytest.mark.parametrize("name", long_rows(1))
+def test_kl_of_a_long_row_is_that_of_newtons_steps(name: str, radius: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the series around the sample's answer tells the way or, misled, gives up."""
+    losses = long_rows(3 * _elimination.LONG)[name]
+    found = KL(radius).solve(losses).ratio
+    monkeypatch.setattr(_tilted_row, "LONG", losses.numel() + 1)
+    want = KL(radius).solve(losses).ratio
+    torch.testing.assert_close(found - 1, want - 1, rtol=1e-7, atol=1e-8 * radius**0.5)
+
+
+@pytest.mark.parametrize("radius", [0.01, 0.5, 3.0])
+def test_kl_of_a_long_row_takes_newtons_steps_on_its_sample_alone(
+    radius: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths: list[int] = []
+    newton = _tilted_row.newton_of_one
+    monkeypatch.setattr(
+        _tilted_row, "newton_of_one", lambda curve, *guess: lengths.append(len(curve.given)) or newton(curve, *guess)
+    )
+    KL(radius).solve(normal(3 * _elimination.LONG))
+    assert len(lengths) == 1 and lengths[0] < _elimination.LONG
+
+
+def divergence_of(z: Tensor, scale: float) -> float:
+    tilted = (scale * z).softmax(0)
+    return float((tilted * (tilted * len(z)).log()).sum())
+
+
+def test_the_series_errs_by_the_fifth_power() -> None:
+    z = -normal(1000).exp()
+    moments = [float((z.exp() * z**power).mean()) for power in range(6)]
+    errors = []
+    for change in (0.04, 0.02):
+        step = _tilted_row.Step.of(moments, divergence_of(z, 1 + change))
+        assert step.near
+        errors.append(abs(step.change - change))
+    assert errors[0] / errors[1] == pytest.approx(32, rel=0.1)
+
+
+def test_a_series_that_does_not_settle_says_so() -> None:
+    """Of losses that lie elsewhere than where it was taken, or whose powers overflow."""
+    z = normal(1000) - 4
+    moments = [float((z.exp() * z**power).mean()) for power in range(6)]
+    near, far = (_tilted_row.Step.of(moments, divergence_of(z, scale)) for scale in (1.003, 1.1))
+    assert near.near and near.settled and near.change == pytest.approx(0.003, rel=1e-6)
+    assert far.near and not far.settled
+    assert _tilted_row.Step.of(moments, divergence_of(z, 3.0)) == (0.0, False, False)
+    assert _tilted_row.Step.of([math.nan] * 6, 0.5) == (0.0, False, False)
 
 
 @pytest.mark.parametrize("ambiguity", TYPICAL, ids=str)

@@ -22,7 +22,7 @@ _NOTHING = 1e-11  # the step that would follow, as steps shrink with their squar
 _LOG2_E = 1 / math.log(2)
 _TALLEST = 30.0  # exponent of the maximum when the losses are centred below it
 _TINY = torch.finfo(torch.float64).tiny
-_TIGHT = 1e-4  # radius below which the divergence drowns in the rounding of an exponential near 1
+TIGHT = 1e-4  # radius below which the divergence drowns in the rounding of an exponential near 1
 
 
 def exp(values: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ class Curve(ABC):
     @property
     def tight(self) -> bool:
         """Whether the divergence would drown in the rounding of the normaliser."""
-        return self.radius < _TIGHT
+        return self.radius < TIGHT
 
     @abstractmethod
     def _moments(self, theta: Any, rise: Any) -> Any:

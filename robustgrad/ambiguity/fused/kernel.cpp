@@ -1,4 +1,4 @@
-// The worst case of rows of losses on the CPU, each row solved within the memory of its answer.
+// The worst case of rows of losses on the CPU.
 //
 // Kinds, numbers and formulas are those of `_triton/rows.py`, which says why they are what they are. What differs is
 // the way: a row keeps only the losses that take part. Sums are in float64 and in one thread, so always the same.
@@ -9,8 +9,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <optional>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -24,17 +26,15 @@ namespace {
 
 // Distances below the maximum, in units whose squares are safe: a ball sees no scale.
 template <typename Weight>
-void scale(const Row<Weight>& row, double top, bool full) {
-  if (!full) return replace(row, [=](double v) { return v - top; });
+void scale(Row<double, Weight> row, double top) {
   const double lowest = least_where(row, [](double v) { return v > -kMost; });
   const double unit = std::min(std::max(top - lowest, kTiny), kMost);
-  replace(row, [=](double v) { return larger((v - top) / unit, -1099511627776.0); });
+  answer(row, [=](double v) { return larger((v - top) / unit, -1099511627776.0); });
 }
 
 template <typename Weight>
-void distance(const Row<Weight>& row, double top, bool full) {
-  const double least = full ? -1.6349923815708423e296 : -kMost;
-  replace(row, [=](double v) { return larger(v - top, least); });
+void distance(Row<double, Weight> row, double top) {
+  answer(row, [=](double v) { return larger(v - top, -1.6349923815708423e296); });
 }
 
 struct Problem {
@@ -42,22 +42,26 @@ struct Problem {
   double numbers[5];
   bool full;  // losses in float64
 
-  template <typename Weight>
-  void solve(const Row<Weight>& row, double top) const {
-    if (kind == "plain") return replace(row, [](double) { return 1.0; });
+  template <typename Scalar, typename Weight>
+  void solve(Row<Scalar, Weight> row, double top) const {
+    if (kind == "plain") return answer(row, [](double) { return 1.0; });
     if (kind == "top") return top_shares(row, top, numbers);
     if (kind == "near") return near(row, top, numbers[0]);
-    if (kind == "price") {
-      distance(row, top, full);
-      return line(row, Limit{false, numbers[0]});
+    if (!full) return solve_below(row.below(top));
+    // Distances may not fit, or their squares: what they are brought to stands where the ratios will.
+    if constexpr (std::is_same_v<Scalar, double>) {
+      kind == "price" || kind == "softmax" ? distance(row, top) : scale(row, top);
+      row.given = row.ratio;
+      solve_below(row);
     }
-    if (kind == "softmax") {
-      distance(row, top, full);
-      return normalise(row, 1 / numbers[0]);
-    }
-    scale(row, top, full);
+  }
+
+  // Losses given by how far they are below the maximum.
+  template <typename Scalar, typename Weight>
+  void solve_below(Row<Scalar, Weight> row) const {
+    if (kind == "price") return line(row, Limit{false, numbers[0]});
     if (kind == "ball") return line(row, Limit{true, numbers[0]});
-    normalise(row, inverse_temperature(row, numbers[0]));
+    tilt(row, kind == "softmax" ? 1 / numbers[0] : inverse_temperature(row, numbers[0]));
   }
 };
 
@@ -69,21 +73,20 @@ struct Given {
   bool has(int64_t i) const { return (!mask || mask[i]) && (!base || base[i] != 0); }
 };
 
-// Losses as they are solved, and their maximum: NaN where one is NaN or +inf.
-template <typename Scalar>
-double widen(const Scalar* losses, double* value, int64_t n, double lowest) {
+// The maximum: NaN where a loss is NaN or +inf.
+template <typename Scalar, typename Weight>
+double top_of(Row<Scalar, Weight> row) {
   double top = -kInf, wrong = 0;
 #pragma omp simd reduction(max : top) reduction(+ : wrong)
-  for (int64_t i = 0; i < n; ++i) {
-    const double given = losses[i], kept = larger(given, lowest);
-    wrong += given < kInf ? 0.0 : 1.0;
-    value[i] = kept;
-    top = larger(kept, top);
+  for (int64_t i = 0; i < row.n; ++i) {
+    wrong += row.given[i] < kInf ? 0.0 : 1.0;
+    top = larger(row[i], top);
   }
   return wrong > 0 ? kNaN : top;
 }
 
-// Moves the losses and weights that take part to the front, and tells how many; -1 if the base is no distribution.
+// Moves the losses that take part to the front, with weights that sum to about 1, and tells how many; -1 if the base is
+// no distribution.
 template <typename Scalar>
 int64_t compact(const Scalar* losses, Given given, double* value, std::vector<double>& weights, int64_t n) {
   int64_t count = 0;
@@ -93,31 +96,42 @@ int64_t compact(const Scalar* losses, Given given, double* value, std::vector<do
     value[count++] = static_cast<double>(losses[i]);
     if (given.base) weights.push_back(given.base[i]);
   }
-  double total = 0;
-  for (double weight : weights) total += weight;
+  const double total = std::accumulate(weights.begin(), weights.end(), 0.0);
   for (double& weight : weights) weight /= total;
   return count;
 }
 
-// The answer's memory holds the losses at first; those that take part move to the front and, solved, back.
+// Whether the row has an answer.
+template <typename Scalar, typename Weight>
+bool solve_row(Row<Scalar, Weight> row, const Problem& problem) {
+  const double top = top_of(row);
+  if (std::isnan(top)) return false;
+  if (row.n > 0) problem.solve(row, top);
+  return true;
+}
+
+// Where only some losses take part, they move to the front of the answer's memory and, solved, back.
 template <typename Scalar>
 void solve_row(const Scalar* losses, Given given, double* ratio, int64_t n, const Problem& problem) {
   // Where a loss of -inf stands: below all others, with room for its powers.
   const double lowest = problem.full ? -kMost : -1e60;
   std::vector<double> weights;
   const int64_t count = given.any() ? compact(losses, given, ratio, weights, n) : n;
-  const double top = given.any() ? widen(ratio, ratio, count, lowest) : widen(losses, ratio, n, lowest);
-  if (count < 0 || std::isnan(top)) {
+  const auto size = static_cast<double>(count);
+  bool solved = count >= 0;
+  if (solved && given.base) {
+    const double total = std::accumulate(weights.begin(), weights.end(), 0.0);
+    solved = solve_row(Row<double, const double*>{ratio, weights.data(), count, total, ratio, lowest}, problem);
+  } else if (solved && given.mask) {
+    solved = solve_row(Row<double, Ones>{ratio, Ones{}, count, size, ratio, lowest}, problem);
+  } else if (solved) {
+    solved = solve_row(Row<Scalar, Ones>{losses, Ones{}, n, size, ratio, lowest}, problem);
+  }
+  if (!solved) {
     for (int64_t i = 0; i < n; ++i) ratio[i] = given.has(i) ? kNaN : 0.0;
-    return;
+  } else if (given.any()) {
+    for (int64_t i = n, left = count; i-- > 0;) ratio[i] = given.has(i) ? ratio[--left] : 0.0;
   }
-  if (count > 0 && given.base) {
-    problem.solve(Row<const double*>{ratio, weights.data(), count, 1.0}, top);
-  } else if (count > 0) {
-    problem.solve(Row<Ones>{ratio, Ones{}, count, static_cast<double>(count)}, top);
-  }
-  if (!given.any()) return;
-  for (int64_t i = n, left = count; i-- > 0;) ratio[i] = given.has(i) ? ratio[--left] : 0.0;
 }
 
 template <typename Scalar>

@@ -26,56 +26,67 @@ struct Ones {
   double operator[](int64_t) const { return 1.0; }
 };
 
-// Losses that take part, with their base weights, which sum to `total`.
-template <typename Weight>
+// Losses that take part, read as they are given, with their base weights, which sum to `total`, and the room for their
+// ratios, which may be that of the losses. Handed over by value: then a compiler sees that a loop changes none of it.
+template <typename Scalar, typename Weight>
 struct Row {
-  double* value;
+  const Scalar* given;
   Weight weight;
   int64_t n;
   double total;
+  double* ratio;
+  double lowest;       // where what is below it stands
+  double shift = 0.0;  // taken off every loss
+
+  double operator[](int64_t i) const { return larger(given[i], lowest) - shift; }
+
+  Row below(double top) const {
+    Row moved = *this;
+    moved.shift = top;
+    return moved;
+  }
 };
 
 // One in `stride` losses of a long row, as a row of its own.
 struct Sample {
   std::vector<double> value, weight;
-  double total = 0;
+  double total = 0, top = -kInf;
 
-  template <typename Weight>
-  Sample(const Row<Weight>& row, int64_t stride) {
-    for (int64_t i = 0; i < row.n; i += stride) {
-      value.push_back(row.value[i]);
-      weight.push_back(row.weight[i]);
-      total += weight.back();
+  template <typename Scalar, typename Weight>
+  Sample(Row<Scalar, Weight> row, int64_t stride) : value((row.n + stride - 1) / stride), weight(value.size()) {
+    for (size_t i = 0; i < value.size(); ++i) {
+      value[i] = row[i * stride];
+      weight[i] = row.weight[i * stride];
+      total += weight[i];
+      top = larger(value[i], top);
     }
   }
 
-  Row<const double*> row() {
-    return {value.data(), weight.data(), static_cast<int64_t>(value.size()), total > 0 ? total : 1.0};
+  Row<double, const double*> row() const {
+    const auto n = static_cast<int64_t>(value.size());
+    return {value.data(), weight.data(), n, total > 0 ? total : 1.0, nullptr, -kInf};
   }
 };
 
-template <typename Weight, typename Function>
-inline double expect(const Row<Weight>& row, Function of) {
-  const auto [value, weight, n, total] = row;
+template <typename Scalar, typename Weight, typename Function>
+inline double expect(Row<Scalar, Weight> row, Function of) {
   double sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += weight[i] * of(value[i]);
-  return sum / total;
+  for (int64_t i = 0; i < row.n; ++i) sum += row.weight[i] * of(row[i]);
+  return sum / row.total;
 }
 
-template <typename Weight, typename Function>
-void replace(const Row<Weight>& row, Function by) {
-  double* value = row.value;
+template <typename Scalar, typename Weight, typename Function>
+inline void answer(Row<Scalar, Weight> row, Function ratio_of) {
 #pragma omp simd
-  for (int64_t i = 0; i < row.n; ++i) value[i] = by(value[i]);
+  for (int64_t i = 0; i < row.n; ++i) row.ratio[i] = ratio_of(row[i]);
 }
 
-template <typename Weight, typename Test>
-inline double least_where(const Row<Weight>& row, Test holds) {
-  const double* value = row.value;
+template <typename Scalar, typename Weight, typename Test>
+inline double least_where(Row<Scalar, Weight> row, Test holds) {
   double least = kInf;
 #pragma omp simd reduction(min : least)
-  for (int64_t i = 0; i < row.n; ++i) least = lesser(least, holds(value[i]) ? value[i] : kInf);
+  for (int64_t i = 0; i < row.n; ++i) least = lesser(least, holds(row[i]) ? row[i] : kInf);
   return least;
 }
 
@@ -87,8 +98,8 @@ inline int64_t key_of(double value) {
 
 // The smallest value that is active, where all above it are: a bisection on the integers in the order of the values,
 // whose bounds move on to values of the row. At most 64 steps.
-template <typename Weight, typename Active>
-inline double smallest_active(const Row<Weight>& row, double top, Active active) {
+template <typename Scalar, typename Weight, typename Active>
+inline double smallest_active(Row<Scalar, Weight> row, double top, Active active) {
   int64_t low = key_of(least_where(row, [](double) { return true; })) - 1, high = key_of(top) - 1;
   while (low < high) {
     const int64_t middle = (low >> 1) + (high >> 1) + (low & high & 1);
@@ -99,15 +110,15 @@ inline double smallest_active(const Row<Weight>& row, double top, Active active)
     }
     high = low;
     for (int64_t i = 0; i < row.n; ++i) {
-      const int64_t key = key_of(row.value[i]);
+      const int64_t key = key_of(row[i]);
       if (key <= middle) high = std::max(high, key);
     }
   }
   return least_where(row, [=](double v) { return key_of(v) > low; });
 }
 
-template <typename Weight>
-double mass_of_top(const Row<Weight>& row, double top) {
+template <typename Scalar, typename Weight>
+double mass_of_top(Row<Scalar, Weight> row, double top) {
   return expect(row, [=](double v) { return v == top ? 1.0 : 0.0; });
 }
 
