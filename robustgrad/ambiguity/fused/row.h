@@ -117,9 +117,4 @@ inline double smallest_active(Row<Scalar, Weight> row, double top, Active active
   return least_where(row, [=](double v) { return key_of(v) > low; });
 }
 
-template <typename Scalar, typename Weight>
-double mass_of_top(Row<Scalar, Weight> row, double top) {
-  return expect(row, [=](double v) { return v == top ? 1.0 : 0.0; });
-}
-
 }  // namespace robustgrad
