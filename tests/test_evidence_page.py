@@ -73,6 +73,25 @@ def test_conclusions_that_do_not_hold_are_an_error(module: Callable[[str], Modul
         conclusions(results(copy))
 
 
+def test_an_unfinished_run_is_compared_in_the_seeds_that_it_has(
+    module: Callable[[str], ModuleType], copy: Path
+) -> None:
+    path = copy / "runs.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    kept = [row for row in rows if row["method"] != "TV .1" or row["seed"] < 3]
+    path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    claims, comparisons = module("evidence.claims"), module("evidence.comparisons")
+    few, all_ = (
+        comparisons.Shifted(module("evidence.results").Results(folder), claims.HUMAN) for folder in (copy, RESULTS)
+    )
+    own, plain = few.both("TV .1", few.sets[0])
+    assert len(own) == len(plain) == 3
+    assert few.on("TV .1", few.sets[0]).mean == pytest.approx((own - plain).mean().item(), abs=1e-12)
+    assert few.overall("TV .1").mean != all_.overall("TV .1").mean
+    assert few.more_loss("TV .1").mean != all_.more_loss("TV .1").mean
+    assert few.gain("TV .1", comparisons.MINORITY).mean != all_.gain("TV .1", comparisons.MINORITY).mean
+
+
 def test_every_cell_has_all_its_seeds_and_learns(module: Callable[[str], ModuleType]) -> None:
     results, studies = module("evidence.results").Results(RESULTS), module("evidence.studies").studies()
     for study in studies:

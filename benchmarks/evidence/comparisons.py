@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from statistics import fmean
 
+from torch import Tensor
+
 from .methods import METHODS
 from .paired import Difference, difference, difference_of_numbers, mean_of
 from .results import Cell, Results
@@ -41,11 +43,13 @@ class Comparison:
 
     def gain(self, method: str, which: int) -> Difference:
         """In accuracy on the majority or the minority, over plain training."""
-        own, plain = (
-            self.results.right(self.cell, name, self.mixture, self.results.two[which]) for name in (method, "plain")
-        )
-        both = min(len(own), len(plain))  # seeds come in order, and an unfinished run has the first of them
-        return difference(own[:both], plain[:both])
+        return difference(*self.both(method, self.mixture, self.results.two[which]))
+
+    def both(self, method: str, of_set: str, domain: str | None = None) -> tuple[Tensor, Tensor]:
+        """What was right, with it and with plain training, in the seeds of both: an unfinished run has the first."""
+        own, plain = (self.results.right(self.cell, name, of_set, domain) for name in (method, "plain"))
+        seeds = min(len(own), len(plain))
+        return own[:seeds], plain[:seeds]
 
     def value(self, method: str, name: str, iterate: str = "last") -> float:
         return self.results.value(self.cell, method, name, self.mixture, iterate)
@@ -53,7 +57,8 @@ class Comparison:
     def more_loss(self, method: str, name: str = "tv10") -> Difference:
         """In the worst case of the population, over plain training."""
         own, plain = (self.results.values(self.cell, one, name, self.mixture) for one in (method, "plain"))
-        return difference_of_numbers(own, plain)
+        seeds = min(len(own), len(plain))
+        return difference_of_numbers(own[:seeds], plain[:seeds])
 
 
 class Shifted(Comparison):
@@ -64,12 +69,11 @@ class Shifted(Comparison):
         return [name for name in self.results.about["evals"] if name != self.mixture]
 
     def on(self, method: str, name: str) -> Difference:
-        return difference(self.results.right(self.cell, method, name), self.results.right(self.cell, "plain", name))
+        return difference(*self.both(method, name))
 
     def overall(self, method: str) -> Difference:
         """Over the mean of these sets, each counting the same."""
-        right = self.results.right
-        return mean_of([(right(self.cell, method, name), right(self.cell, "plain", name)) for name in self.sets])
+        return mean_of([self.both(method, name) for name in self.sets])
 
     def mean(self, method: str, name: str) -> float:
         return fmean(self.results.value(self.cell, method, name, one) for one in self.sets)
