@@ -105,6 +105,14 @@ def test_an_ordinary_row_is_solved_as_any_other(
             torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6, msg=f"{name}: {field} {got} {want}")
 
 
+@pytest.mark.parametrize("copies", [1, _elimination.LONG], ids=["short", "long"])
+def test_a_budget_that_is_just_used_up(copies: int) -> None:
+    """On the larger half, whose losses hardly differ: the line through their ratios reaches 0 far below the others."""
+    row = torch.tensor([0.0, 1.0, 3.0, 3.0 + 1e-12], dtype=torch.float64)
+    ratio = ChiSquare(0.5).solve(row.repeat(copies)).ratio
+    torch.testing.assert_close(ratio[:4], torch.tensor([0.0, 0.0, 2.0, 2.0]).double(), rtol=1e-3, atol=0)
+
+
 @each_typical
 def test_weighted_long_rows_are_optimal(ambiguity: AmbiguitySet) -> None:
     n = _elimination.LONG

@@ -20,18 +20,19 @@ from ._linear import Limit, Line
 from ._tilted_row import inverse_temperature, tilted
 
 _NARROWEST, _WIDEST = 1e-70, 1e100  # range of losses whose squares are safe
+_FLAT = 1e-3  # rise of a line to the largest loss, as a share of where it begins
 
 
 def solve(recipe: Recipe, losses: Tensor) -> Tensor | None:
     """The ratio (n,) in float64 of detached losses (n,), if they are such a row."""
     if losses.dim() != 1 or not readable(losses) or recipe.kind not in _WAYS:
         return None
-    given: Given = (losses if losses.dtype in (torch.float32, torch.float64) else losses.float()).numpy()
+    wide = losses if losses.dtype in (torch.float32, torch.float64) else losses.float()
     # In Python's numbers: the difference of two of float32 may not fit into one.
-    least, top = given.min().item(), given.max().item()
+    least, top = (end.item() for end in wide.aminmax())
     if not _NARROWEST < top - least < _WIDEST:
         return None
-    ratio = _WAYS[recipe.kind](given, least, top, *recipe.numbers)
+    ratio = _WAYS[recipe.kind](wide.numpy(), least, top, *recipe.numbers)
     return None if ratio is None else torch.from_numpy(ratio)
 
 
@@ -86,21 +87,25 @@ def _price(given: Given, least: float, top: float, price: float) -> Array | None
 def _linear(given: Given, least: float, top: float, limit: Limit) -> Array:
     found = line_of_long_row(given, least, top, limit) if len(given) >= LONG else None
     if found is not None:
-        return _on_line(given, found)
+        return _on_line(given, top, found)
     drop = np.subtract(given, top, dtype=np.float64)
-    return _on_line(drop, line_of_row(drop, None, limit))
+    return _on_line(drop, 0.0, line_of_row(drop, None, limit))
 
 
-def _on_line(losses: Given, line: Line) -> Array:
+def _on_line(losses: Given, top: float, line: Line) -> Array:
     least, ratio = np.float64(line.least), np.empty(len(losses))
+    # Where the budget is just used up the line is flat, and only the order tells who is active.
+    flat = line.slope * (top - line.least) < _FLAT * line.height
     for start in range(0, len(losses), BLOCK):
         part = ratio[start : start + BLOCK]
         np.subtract(losses[start : start + BLOCK], least, out=part)
-        # Where the budget is just used up the line is flat, and only the order tells who is active.
-        active = part >= 0.0
+        active = part >= 0.0 if flat else None
         part *= line.slope
         part += line.height
-        part *= active
+        if active is None:
+            np.maximum(part, 0.0, out=part)
+        else:
+            part *= active
     return ratio
 
 
