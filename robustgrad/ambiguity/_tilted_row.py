@@ -16,7 +16,7 @@ from ._tilting import TIGHT, Curve, newton_of_one
 _BLOCK = 8192  # losses worked on together: they stay in the cache
 _LOOKS = 3  # at a long row before Newton's steps take over; ordinary losses need one
 _TURNS = 6  # of Newton's method on a polynomial
-_NEGLIGIBLE = 1e-9  # share of theta that the series may leave out
+_NEGLIGIBLE = 0.1  # what the series may leave out of theta, in roundings of a loss
 
 
 def tilted(given: Given, top: float, theta: float) -> Array:
@@ -50,7 +50,7 @@ def _of_sample(given: Given, radius: float) -> float | None:
 def _closer(given: Given, top: float, radius: float, theta: float) -> tuple[float, bool]:
     """Nearer to the theta of the radius, and whether that is it."""
     for _ in range(_LOOKS):
-        step = Step.of(_moments(given, top, theta), radius)
+        step = Step.of(_moments(given, top, theta), radius, _NEGLIGIBLE * np.finfo(given.dtype).eps.item())
         theta *= 1 + step.change
         if step.settled or not step.near:
             return theta, step.settled
@@ -86,7 +86,7 @@ class Step(NamedTuple):
     settled: bool  # and the end of it
 
     @classmethod
-    def of(cls, moments: list[float], radius: float) -> Step:
+    def of(cls, moments: list[float], radius: float, negligible: float) -> Step:
         mean, c2, c3, c4, c5 = _cumulants(*(moment / moments[0] for moment in moments[1:]))
         if not 0.0 < c2 < math.inf:
             return cls(0.0, False, False)
@@ -101,7 +101,7 @@ class Step(NamedTuple):
         # By how much each term is smaller than the one before.
         way = abs(x) * (1 + math.sqrt(c2))
         left_out = (abs(third) * way + abs(fourth * x)) * way * abs(x * x * x)
-        return cls(x, True, left_out < _NEGLIGIBLE * c2)
+        return cls(x, True, left_out < negligible * c2)
 
 
 def _cumulants(m1: float, m2: float, m3: float, m4: float, m5: float) -> tuple[float, float, float, float, float]:

@@ -101,36 +101,50 @@ int64_t between(Row<Scalar, Ones> row, double low, double high, std::vector<doub
   return above;
 }
 
-// The k-th largest of a long row: a sample brackets it, and only what lies in the bracket is searched.
+// The k-th largest, and how many are larger or equal to it.
+struct Order {
+  double value;
+  int64_t above = 0, tied = 0;
+
+  void count(double other) {
+    above += other > value;
+    tied += other == value;
+  }
+};
+
+// Of a long row: a sample brackets it, and only what lies in the bracket is searched.
 template <typename Scalar>
-double select_long(Row<Scalar, Ones> row, int64_t k) {
+Order select_long(Row<Scalar, Ones> row, int64_t k) {
   const Sample some(row, static_cast<int64_t>(std::cbrt(static_cast<double>(row.n))));
   const auto size = static_cast<int64_t>(some.value.size());
   const double share = static_cast<double>(k) / static_cast<double>(row.n);
   const auto place = static_cast<int64_t>(share * size);
   std::vector<double> inside;
-  for (double width : {3.0, 12.0}) {
-    const auto slack = static_cast<int64_t>(width * std::sqrt(size * share * (1 - share))) + 2;
-    const double high = place > slack ? nth_largest(some.value, place - slack) : kInf;
-    const double low = place + slack < size ? nth_largest(some.value, place + slack) : -kInf;
+  for (double width : {3.0, 12.0, kInf}) {
+    const double slack = width * std::sqrt(size * share * (1 - share)) + 2;
+    const double high = place > slack ? nth_largest(some.value, place - static_cast<int64_t>(slack)) : kInf;
+    const double low = place + slack < size ? nth_largest(some.value, place + static_cast<int64_t>(slack)) : -kInf;
     inside.clear();
     const int64_t above = between(row, low, high, inside);
-    if (above < k && k <= above + static_cast<int64_t>(inside.size())) return nth_largest(std::move(inside), k - above);
+    if (above >= k || k > above + static_cast<int64_t>(inside.size())) continue;
+    Order found{nth_largest(inside, k - above), above};
+    for (double v : inside) found.count(v);
+    return found;
   }
-  inside.clear();
-  between(row, -kInf, kInf, inside);
-  return nth_largest(std::move(inside), k);
+  return {kNaN};  // never: the last bracket holds all
 }
 
 template <typename Scalar>
-double select(Row<Scalar, Ones> row, int64_t k) {
+Order select(Row<Scalar, Ones> row, int64_t k) {
   if (row.n >= kLong) return select_long(row, k);
   constexpr int64_t kShort = 512;
   double values[kShort], room[kShort];
   std::vector<double> longer(row.n > kShort ? 2 * row.n : 0);
   double* const value = row.n > kShort ? longer.data() : values;
   for (int64_t i = 0; i < row.n; ++i) value[i] = row[i];
-  return nth_largest(value, row.n > kShort ? value + row.n : room, row.n, k);
+  Order found{nth_largest(value, row.n > kShort ? value + row.n : room, row.n, k)};
+  for (int64_t i = 0; i < row.n; ++i) found.count(row[i]);
+  return found;
 }
 
 }  // namespace robustgrad

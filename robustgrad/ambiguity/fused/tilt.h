@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <utility>
 
 #include "row.h"
@@ -116,8 +117,8 @@ double newton(Row<Scalar, Weight> row, double radius, double guess) {
 
 // By what share of itself theta has to change for the divergence to be `radius`, by its series there.
 struct Step {
-  double change;
-  bool near, settled;  // whether the series tells the way, and the end of it
+  double change = 0, left_out = kInf;  // of theta, the latter about
+  bool near = false, settled = false;  // whether the series tells the way, and the end of it
 
   template <typename Scalar, typename Weight>
   static Step of(Row<Scalar, Weight> row, double radius, double theta) {
@@ -133,7 +134,10 @@ struct Step {
       m5 += tilted * square * square * z;
     }
     const double missing = radius - (m1 / m0 - std::log(m0 / row.total));
-    return of_moments(missing, m1 / m0, m2 / m0, m3 / m0, m4 / m0, m5 / m0);
+    Step step = of_moments(missing, m1 / m0, m2 / m0, m3 / m0, m4 / m0, m5 / m0);
+    // What is left out of theta may be a tenth of the rounding of a loss.
+    step.settled = step.near && step.left_out < 0.1 * std::numeric_limits<Scalar>::epsilon();
+    return step;
   }
 
   // Cumulants of the tilted z give the slopes of the divergence, what is missing of it the change.
@@ -145,14 +149,14 @@ struct Step {
     const double second = (c3 + c2) / 2, third = (c4 / 2 + c3) / 3, fourth = (c5 / 6 + c4 / 2) / 4;
     double x = missing / c2;
     const double bent = std::abs(second * x) + std::abs(third * x * x) + std::abs(fourth * x * x * x);
-    if (!(c2 > 0 && bent < c2 / 8)) return {0, false, false};
+    if (!(c2 > 0 && bent < c2 / 8)) return {};
     for (int turn = 0; turn < 6; ++turn) {
       const double value = polynomial(x, fourth, third, second, c2, -missing);
       x -= value / polynomial(x, 4 * fourth, 3 * third, 2 * second, c2);
     }
     // By how much each term is smaller than the one before.
     const double way = std::abs(x) * (1 + std::sqrt(c2));
-    return {x, true, (std::abs(third) * way + std::abs(fourth * x)) * way * std::abs(x * x * x) < 1e-9 * c2};
+    return {x, (std::abs(third) * way + std::abs(fourth * x)) * way * std::abs(x * x * x) / c2, true};
   }
 };
 
