@@ -40,6 +40,7 @@ def _of_methods(results: Results) -> dict[str, bool]:
     lora, full = (Comparison(results, CELLS[name]) for name in ("lora", "full"))
     noisy_mlp, alone = (Comparison(results, CELLS[name]) for name in ("noisy mlp", "noise alone"))
     none, human, human_mlp = (Shifted(results, cell) for cell in (CELLS["no conflict"], HUMAN, HUMAN_MLP))
+    tier_c = Shifted(results, CELLS["tier c"])
     sets = [m for m in linear.others if m.startswith(("TV", "chi-square", "KL", "CVaR")) and "domains" not in m]
     small, large, weights, cvar = "chi-square .03", "chi-square 1", "inverse frequency", "CVaR .5"
 
@@ -103,7 +104,10 @@ def _of_methods(results: Results) -> dict[str, bool]:
         and lora.gain(weights, MINORITY).low > 0 > lora.gain(weights, MAJORITY).high,
         "nor with all weights of the encoder": full.value("TV .1", "tv10") < full.value("plain", "tv10")
         and all(full.gain("TV .1", which).low < 0 for which in (MINORITY, MAJORITY)),
-        "SmolLM2 did not learn the human labels": Comparison(results, CELLS["tier c"]).value("plain", "accuracy") < 0.6,
+        "SmolLM2 did not learn the human labels": tier_c.value("plain", "accuracy") < 0.6,
+        "with TV .1 it has hardly an opinion": math.log(2) - 0.02 < tier_c.value("TV .1", "tv10") < math.log(2) + 0.02
+        and tier_c.more_loss("TV .1").mean < -0.05
+        and not tier_c.overall("TV .1").clear,
         "heads hardly learn the human labels": human.value("plain", "accuracy") < 0.55,
         "large radii pull towards a guess": human.on(large, "eval_llmbar").low > 0
         and human.on(large, "eval_safety_xstest").high < 0,
