@@ -29,7 +29,7 @@ def solve(recipe: Recipe, losses: Tensor) -> Tensor | None:
         return None
     wide = losses if losses.dtype in (torch.float32, torch.float64) else losses.float()
     # In Python's numbers: the difference of two of float32 may not fit into one.
-    least, top = (end.item() for end in wide.aminmax())
+    least, top = (end.numpy().item() for end in wide.aminmax())
     if not _NARROWEST < top - least < _WIDEST:
         return None
     ratio = _WAYS[recipe.kind](wide.numpy(), least, top, *recipe.numbers)
