@@ -192,7 +192,7 @@ def test_long_rows_that_mislead(ambiguity: AmbiguitySet, name: str) -> None:
 @of_cpp
 @pytest.mark.parametrize("radius", [1e-6, 1e-3, 0.3, 2.0])
 def test_kl_of_a_long_row_is_exact(radius: float) -> None:
-    """Its series around the answer of a sample leaves out less than 1e-9 of the inverse temperature."""
+    """Its series around the answer of a sample leaves out less than a loss rounds by."""
     several = torch.randn(12, 20_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for losses in (several, several[:2].exp().float()):
         got, want = KL(radius).solve(losses).wide_ratio, by_torch(KL(radius), losses, None, None)

@@ -116,7 +116,12 @@ def line_of_row(drop: Array, base: Array | None, limit: Limit) -> Line:
             found = line_of_long_row(drop, drop.min().item(), drop.max().item(), limit)
         else:
             found = _line_of_long_weighted_row(drop, base, limit)
-    found = found or _eliminate(_Left.row(drop, base), limit)
+    return found or line_of_whole_row(drop, base, limit)
+
+
+def line_of_whole_row(drop: Array, base: Array | None, limit: Limit) -> Line:
+    """Without a sample, which misled or would not pay."""
+    found = _eliminate(_Left.row(drop, base), limit)
     if found is None:
         scanned = scan(torch.from_numpy(drop), None if base is None else torch.from_numpy(base), limit)
         found = Line(*(float(part) for part in scanned))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .._checks import readable
-from ._elimination import BLOCK, LONG, Array, Given, line_of_long_row, line_of_row
+from ._elimination import BLOCK, LONG, Array, Given, line_of_long_row, line_of_whole_row
 from ._kernel import Recipe
 from ._linear import Limit, Line
 from ._tilted_row import inverse_temperature, tilted
@@ -89,7 +89,7 @@ def _linear(given: Given, least: float, top: float, limit: Limit) -> Array:
     if found is not None:
         return _on_line(given, top, found)
     drop = np.subtract(given, top, dtype=np.float64)
-    return _on_line(drop, 0.0, line_of_row(drop, None, limit))
+    return _on_line(drop, 0.0, line_of_whole_row(drop, None, limit))
 
 
 def _on_line(losses: Given, top: float, line: Line) -> Array:

@@ -49,8 +49,9 @@ def _of_sample(given: Given, radius: float) -> float | None:
 
 def _closer(given: Given, top: float, radius: float, theta: float) -> tuple[float, bool]:
     """Nearer to the theta of the radius, and whether that is it."""
+    negligible = _NEGLIGIBLE * np.finfo(given.dtype).eps.item()
     for _ in range(_LOOKS):
-        step = Step.of(_moments(given, top, theta), radius, _NEGLIGIBLE * np.finfo(given.dtype).eps.item())
+        step = Step.of(_moments(given, top, theta), radius, negligible)
         theta *= 1 + step.change
         if step.settled or not step.near:
             return theta, step.settled

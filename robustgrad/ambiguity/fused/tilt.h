@@ -117,8 +117,8 @@ double newton(Row<Scalar, Weight> row, double radius, double guess) {
 
 // By what share of itself theta has to change for the divergence to be `radius`, by its series there.
 struct Step {
-  double change = 0, left_out = kInf;  // of theta, the latter about
-  bool near = false, settled = false;  // whether the series tells the way, and the end of it
+  double change;
+  bool near, settled;  // whether the series tells the way, and the end of it
 
   template <typename Scalar, typename Weight>
   static Step of(Row<Scalar, Weight> row, double radius, double theta) {
@@ -134,14 +134,13 @@ struct Step {
       m5 += tilted * square * square * z;
     }
     const double missing = radius - (m1 / m0 - std::log(m0 / row.total));
-    Step step = of_moments(missing, m1 / m0, m2 / m0, m3 / m0, m4 / m0, m5 / m0);
     // What is left out of theta may be a tenth of the rounding of a loss.
-    step.settled = step.near && step.left_out < 0.1 * std::numeric_limits<Scalar>::epsilon();
-    return step;
+    const double negligible = 0.1 * std::numeric_limits<Scalar>::epsilon();
+    return of_moments(missing, negligible, m1 / m0, m2 / m0, m3 / m0, m4 / m0, m5 / m0);
   }
 
   // Cumulants of the tilted z give the slopes of the divergence, what is missing of it the change.
-  static Step of_moments(double missing, double m1, double m2, double m3, double m4, double m5) {
+  static Step of_moments(double missing, double negligible, double m1, double m2, double m3, double m4, double m5) {
     const double square = m1 * m1, cube = square * m1;
     const double c2 = m2 - square, c3 = m3 - 3 * m1 * m2 + 2 * cube;
     const double c4 = m4 - 4 * m1 * m3 + 6 * square * m2 - 3 * square * square - 3 * c2 * c2;
@@ -149,14 +148,15 @@ struct Step {
     const double second = (c3 + c2) / 2, third = (c4 / 2 + c3) / 3, fourth = (c5 / 6 + c4 / 2) / 4;
     double x = missing / c2;
     const double bent = std::abs(second * x) + std::abs(third * x * x) + std::abs(fourth * x * x * x);
-    if (!(c2 > 0 && bent < c2 / 8)) return {};
+    if (!(c2 > 0 && bent < c2 / 8)) return {0, false, false};
     for (int turn = 0; turn < 6; ++turn) {
       const double value = polynomial(x, fourth, third, second, c2, -missing);
       x -= value / polynomial(x, 4 * fourth, 3 * third, 2 * second, c2);
     }
     // By how much each term is smaller than the one before.
     const double way = std::abs(x) * (1 + std::sqrt(c2));
-    return {x, (std::abs(third) * way + std::abs(fourth * x)) * way * std::abs(x * x * x) / c2, true};
+    const double left_out = (std::abs(third) * way + std::abs(fourth * x)) * way * std::abs(x * x * x);
+    return {x, true, left_out < negligible * c2};
   }
 };
 
